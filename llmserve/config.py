@@ -1,0 +1,154 @@
+"""Settings as frozen dataclasses, one per concern.
+
+Every field has a default, a unit in its name and a docstring line. 'auto' and None are resolved
+once, into a new object (see ``engine/native.py`` and ``build/``), never by changing one in place.
+A value that cannot be honoured raises ConfigError naming the field, the value and the limit.
+This module imports the standard library alone.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from llmserve.errors import ConfigError
+
+CapacitySchedulerPolicy = Literal["guaranteed_no_evict", "max_utilization"]
+DType = Literal["auto", "float16", "bfloat16", "float32"]
+# The command line's short names, and the quant_algo that TensorRT-LLM's config.json knows.
+QUANT_ALGOS: dict[str, str | None] = {
+    "none": None,
+    "w8a16": "W8A16",
+    "fp8_rowwise": "FP8_PER_CHANNEL_PER_TOKEN",
+}
+
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]i?B?|B)?", re.IGNORECASE)
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Raise ConfigError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
+
+
+def check_at_least(name: str, value: int | float | None, least: int | float) -> None:
+    """Raise ConfigError if ``value`` is given and below ``least``, or is not a number at all."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"{name} is {value!r}; it must be a number")
+    if value < least:
+        raise ConfigError(f"{name} is {value}; it must be at least {least}")
+
+
+def parse_bytes(text: str | int) -> int:
+    """Read a size such as ``8GiB``, ``512MiB`` or ``1000000`` as bytes.
+
+    ``K``, ``M``, ``G`` and ``T`` with or without ``iB`` are powers of 1024, with ``B`` alone
+    (``GB``) powers of 1000, as everywhere else.
+
+    Raises:
+        ConfigError: The text is no size.
+    """
+    match = _SIZE.fullmatch(str(text).strip())
+    if match is None:
+        raise ConfigError(f"{text!r} is no size; write it like 8GiB, 512MiB or a number of bytes")
+    unit = (match["unit"] or "B").upper()
+    base = 1000 if len(unit) == 2 and unit.endswith("B") else 1024
+    power = 0 if unit == "B" else "KMGT".index(unit[0]) + 1
+    return int(float(match["number"]) * base**power)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvCacheConfig:
+    """The paged KV cache.
+
+    Attributes:
+        enable_block_reuse: Keep full blocks after their request ends and share them by prefix.
+        tokens_per_block: Tokens in one block; None takes the engine's (32 unless built otherwise).
+        max_tokens: A cap in tokens; the smallest of all caps wins. None: no such cap.
+        max_total_bytes: A cap in bytes over all layers. None on CPU: the smaller of 4 GiB and half
+            of the memory that is free under the cgroup's limit; on CUDA the fraction alone counts.
+        free_gpu_memory_fraction: Share of the free GPU memory after loading; not used on CPU.
+        dtype: Storage of K and V; only 'auto' (the model's dtype) for now.
+    """
+
+    enable_block_reuse: bool = True
+    tokens_per_block: int | None = None
+    max_tokens: int | None = None
+    max_total_bytes: int | None = None
+    free_gpu_memory_fraction: float = 0.9
+    dtype: Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_at_least("tokens_per_block", self.tokens_per_block, 1)
+        check_at_least("max_tokens", self.max_tokens, 1)
+        check_at_least("max_total_bytes", self.max_total_bytes, 1)
+        if not 0 < self.free_gpu_memory_fraction <= 1:
+            raise ConfigError(
+                f"free_gpu_memory_fraction is {self.free_gpu_memory_fraction}; it must be in (0, 1]"
+            )
+        check_choice("kv_cache_config.dtype", self.dtype, ("auto",))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildConfig:
+    """What ``llmserve build`` fixes in an engine; a server may lower these and never raise them.
+
+    Attributes:
+        max_batch_size: Most requests in one step.
+        max_num_tokens: Most tokens computed in one step, prefill and decode together.
+        max_seq_len: Longest prompt plus answer in tokens; None takes max_position_embeddings.
+        tokens_per_block: Tokens in one KV cache block.
+    """
+
+    max_batch_size: int = 2048
+    max_num_tokens: int = 8192
+    max_seq_len: int | None = None
+    tokens_per_block: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_num_tokens", "max_seq_len", "tokens_per_block"):
+            check_at_least(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What an engine is started with. None means: as the engine was built.
+
+    Attributes:
+        max_batch_size: Most requests in one step.
+        max_num_tokens: Most tokens computed in one step.
+        max_seq_len: Longest prompt plus answer in tokens.
+        kv_cache: The paged KV cache.
+        capacity_scheduler_policy: guaranteed_no_evict or max_utilization, as TensorRT-LLM has them.
+        enable_chunked_prefill: Let a prompt be computed over several steps.
+        max_queue_size: Most requests that may wait; one more is refused as overload.
+        threads: Threads of the compute process; None takes OMP_NUM_THREADS where that is set, and
+            the cores of the cgroup otherwise.
+        device: 'auto' takes CUDA where there is a GPU.
+        stall_timeout_s: Requests run and no step ends for so long: the engine counts as hung.
+    """
+
+    max_batch_size: int | None = None
+    max_num_tokens: int | None = None
+    max_seq_len: int | None = None
+    kv_cache: KvCacheConfig = field(default_factory=KvCacheConfig)
+    capacity_scheduler_policy: CapacitySchedulerPolicy = "guaranteed_no_evict"
+    enable_chunked_prefill: bool = True
+    max_queue_size: int = 4096
+    threads: int | None = None
+    device: str = "auto"
+    stall_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_num_tokens", "max_seq_len", "threads"):
+            check_at_least(name, getattr(self, name), 1)
+        check_at_least("max_queue_size", self.max_queue_size, 1)
+        check_at_least("stall_timeout_s", self.stall_timeout_s, 0.1)
+        check_choice(
+            "capacity_scheduler_policy",
+            self.capacity_scheduler_policy,
+            get_args(CapacitySchedulerPolicy),
+        )
