@@ -1,0 +1,128 @@
+"""Directories that appear whole or not at all.
+
+A directory is filled beside its place, as ``.NAME.tmp-RANDOM``, and renamed into it at the end.
+Whoever fills one holds a lock on it, so that what a killed process left is told from what another
+is filling, and removed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmserve.errors import CheckpointError
+
+
+@contextmanager
+def staged_directory(target: Path, *, required_bytes: int = 0) -> Iterator[Path]:
+    """Yield an empty directory that becomes ``target`` if the block ends without an error.
+
+    After any error, Ctrl-C included, it is removed and ``target`` is as it was.
+
+    Args:
+        target: Where the directory goes. It must not exist, or be empty.
+        required_bytes: What will be written, about; checked against the free disk space first.
+
+    Raises:
+        CheckpointError: ``target`` exists, or the file system refuses (full, read-only, ...).
+    """
+    check_free(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(target)
+        _check_disk(target.parent, required_bytes)
+        staging, lock = _create(target)
+    except OSError as error:
+        raise _refused(target, error) from error
+    try:
+        yield staging
+        _sync(staging)
+        staging.rename(target)
+        _sync(target.parent)
+    except OSError as error:
+        raise _refused(target, error) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        os.close(lock)
+
+
+def check_free(target: Path) -> None:
+    """Check that nothing is lost when a directory is put at ``target``.
+
+    Raises:
+        CheckpointError: There is a file, or a directory that is not empty.
+    """
+    try:
+        occupied = any(target.iterdir()) if target.is_dir() else os.path.lexists(target)
+    except OSError as error:
+        raise _refused(target, error) from error
+    if occupied:
+        raise CheckpointError(f"{target} exists already; remove it or choose another output")
+
+
+def remove_stale(target: Path) -> None:
+    """Remove what processes that died left of their tries to make ``target``."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue  # someone is filling it
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def _create(target: Path) -> tuple[Path, int]:
+    """A new locked staging directory, and the descriptor that holds the lock."""
+    while True:
+        staging = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+        staging.mkdir()
+        lock = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Between mkdir and flock it looked stale, and another process may have removed it.
+        if staging.exists():
+            return staging, lock
+        os.close(lock)
+
+
+def _check_disk(directory: Path, required_bytes: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if required_bytes > free:
+        raise CheckpointError(
+            f"{directory} has {free / 2**30:.2f} GiB free and {required_bytes / 2**30:.2f} GiB are "
+            "needed; free some space or choose an output on another disk"
+        )
+
+
+def _sync(directory: Path) -> None:
+    """Make the names in a directory durable; the files in it are synced by who wrote them."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _refused(target: Path, error: OSError) -> CheckpointError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "the disk is full; free some space or choose an output on another disk"
+    elif error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+        advice = f"{error.filename2 or error.filename or target} is in the way"
+    elif error.errno == errno.EFBIG:
+        advice = "the file size limit of this process or file system is too low (see ulimit -f)"
+    else:
+        where = f" ({error.filename})" if error.filename else ""
+        advice = f"{error.strerror or error}{where}"
+    return CheckpointError(f"{target} cannot be written: {advice}")

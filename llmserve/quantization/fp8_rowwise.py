@@ -1,0 +1,39 @@
+"""FP8_PER_CHANNEL_PER_TOKEN: float8_e4m3fn weights, one float32 scale per output channel.
+
+Scale = amax of the row / 448 (the largest e4m3 value), at least 1 / (448 * 512), as TensorRT-LLM
+has it; activations are quantised per token at run time where the hardware has FP8 products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from llmserve.quantization.amax import row_amax
+
+_MAX = 448.0
+_MIN_SCALE = 1.0 / (_MAX * 512.0)
+
+
+def quantize(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Quantise to ``weight`` float8_e4m3fn (out, in) and ``per_channel_scale`` float32 (out,)."""
+    scale = (row_amax(weight) / _MAX).clamp_(min=_MIN_SCALE)
+    # The division promotes to float32, so this is the only copy of the weight in it.
+    q = torch.div(weight, scale[:, None]).to(torch.float8_e4m3fn)
+    return {"weight": q, "per_channel_scale": scale}
+
+
+def dequantize(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """``weight * per_channel_scale`` in float32 (out, in)."""
+    return tensors["weight"].float() * tensors["per_channel_scale"].float()[:, None]
+
+
+def stored(
+    out_features: int, in_features: int, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """A float8_e4m3fn weight and its float32 scales."""
+    return {
+        "weight": ((out_features, in_features), torch.float8_e4m3fn),
+        "per_channel_scale": ((out_features,), torch.float32),
+    }

@@ -1,0 +1,39 @@
+"""W8A16: int8 weights with one scale per output channel, activations in floating point.
+
+The scale is TensorRT-LLM's for weight-only int8: amax of the row / 128, values clamped to
+[-128, 127]. A TensorRT-LLM checkpoint of this algorithm holds plain weights (its loader, like our
+``build``, quantises them); an engine holds what is below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from llmserve.quantization.amax import row_amax
+
+
+def quantize(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Quantise to ``weight`` int8 (out, in) and ``per_channel_scale`` float32 (out,)."""
+    scale = row_amax(weight) / 128
+    # A row of zeros stays zeros under any scale; 1 avoids 0 / 0.
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    # The division promotes to float32, so this is the only copy of the weight in it.
+    q = torch.div(weight, scale[:, None]).round_().clamp_(-128, 127).to(torch.int8)
+    return {"weight": q, "per_channel_scale": scale}
+
+
+def dequantize(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """``weight * per_channel_scale`` in float32 (out, in)."""
+    return tensors["weight"].float() * tensors["per_channel_scale"].float()[:, None]
+
+
+def stored(
+    out_features: int, in_features: int, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """An int8 weight and its float32 scales."""
+    return {
+        "weight": ((out_features, in_features), torch.int8),
+        "per_channel_scale": ((out_features,), torch.float32),
+    }

@@ -1,0 +1,143 @@
+import json
+from typing import Any
+
+import pytest
+
+from llmserve.checkpoint.config import PretrainedConfig, QuantConfig
+from llmserve.errors import CheckpointError, UnsupportedCheckpointError
+from tests.checkpoint.factories import pretrained_config
+from tests.models import LINEAR_ROPE, LLAMA3_ROPE
+
+_QKV = "transformer.layers.0.attention.qkv"
+_FC = "transformer.layers.0.mlp.fc"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pretrained_config(),
+        pretrained_config(rotary_scaling=LLAMA3_ROPE, attn_bias=True, share_embedding_table=True),
+        pretrained_config(quantization=QuantConfig(quant_algo="W8A16")),
+    ],
+)
+def test_a_config_survives_json(config: PretrainedConfig) -> None:
+    assert PretrainedConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_left_out_keys_take_tensorrt_llms_defaults() -> None:
+    minimal = {
+        "architecture": "LlamaForCausalLM",
+        "dtype": "float16",
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "vocab_size": 100,
+        "max_position_embeddings": 32,
+        "hidden_act": "silu",
+        "position_embedding_type": "rope_gpt_neox",
+    }
+    config = PretrainedConfig.from_dict(minimal)
+    assert (config.num_key_value_heads, config.intermediate_size, config.head_size) == (4, 256, 16)
+    assert (config.norm_epsilon, config.rotary_base) == (1e-5, 10000.0)
+    # gelu and learned positions are the defaults there: leaving these out asks for them.
+    for key in ("hidden_act", "position_embedding_type"):
+        with pytest.raises(UnsupportedCheckpointError, match=key):
+            PretrainedConfig.from_dict({k: v for k, v in minimal.items() if k != key})
+
+
+def test_what_other_writers_add_and_means_nothing_passes() -> None:
+    extra = {
+        "producer": {"name": "modelopt", "version": "0.40"},
+        "rotary_embedding_dim": 16,
+        "moe": {"num_experts": 0, "top_k": 0},
+        "residual_mlp": False,
+        "num_key_value_heads": None,
+    }
+    data = {**pretrained_config().to_dict(), **extra}
+    assert PretrainedConfig.from_dict(data) == pretrained_config(num_key_value_heads=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"architecture": "MixtralForCausalLM"}, UnsupportedCheckpointError, "Mixtral"),
+        ({"dtype": "float8"}, UnsupportedCheckpointError, "dtype 'float8'"),
+        ({"hidden_act": "gelu"}, UnsupportedCheckpointError, "hidden_act 'gelu'"),
+        ({"qk_layernorm": True}, UnsupportedCheckpointError, "qk_layernorm"),
+        ({"moe": {"num_experts": 8}}, UnsupportedCheckpointError, "moe"),
+        ({"rotary_embedding_dim": 8}, UnsupportedCheckpointError, "rotary_embedding_dim 8"),
+        ({"attn_logit_softcapping": 50.0}, UnsupportedCheckpointError, "attn_logit_softcapping"),
+        ({"residual_mlp": True}, UnsupportedCheckpointError, "residual_mlp"),
+        ({"mapping": {"world_size": 2, "tp_size": 2}}, UnsupportedCheckpointError, "world_size"),
+        ({"hidden_size": None}, CheckpointError, "lacks hidden_size"),
+        ({"hidden_size": "64"}, CheckpointError, "hidden_size is '64'"),
+        ({"hidden_size": True}, CheckpointError, "hidden_size is True"),
+        ({"vocab_size": 0}, CheckpointError, "vocab_size is 0"),
+        ({"num_key_value_heads": 3}, CheckpointError, "multiple of"),
+        ({"head_size": 15}, CheckpointError, "head_size is 15"),
+        ({"quantization": {"quant_algo": "FP8"}}, UnsupportedCheckpointError, "'FP8'"),
+        ({"quantization": {"kv_cache_quant_algo": "INT8"}}, UnsupportedCheckpointError, "INT8"),
+        ({"quantization": {"use_meta_recipe": True}}, UnsupportedCheckpointError, "meta"),
+        ({"quantization": {"quant_algorithm": "W8A16"}}, CheckpointError, "quant_algorithm"),
+        ({"quantization": {"exclude_modules": [1]}}, CheckpointError, "exclude_modules"),
+        ({"quantization": "W8A16"}, CheckpointError, "quantization is 'W8A16'"),
+    ],
+)
+def test_what_cannot_be_run_is_named(
+    change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        PretrainedConfig.from_dict({**pretrained_config().to_dict(), **change})
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        LLAMA3_ROPE,
+        LINEAR_ROPE,
+        {"type": "linear", "factor": 4},
+        {"type": "dynamic", "factor": 2.0},
+        {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 512},
+    ],
+)
+def test_rotary_scalings_that_are_implemented(scaling: dict[str, Any]) -> None:
+    config = pretrained_config(rotary_scaling=scaling)
+    assert PretrainedConfig.from_dict(config.to_dict()).rotary_scaling == scaling
+
+
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        ({"rope_type": "yarn", "factor": 2.0}, "'yarn' is not implemented"),
+        ({"rope_type": "longrope"}, "'longrope' is not implemented"),
+        ({"rope_type": "linear"}, "factor None"),
+        ({"rope_type": "linear", "factor": 0}, "factor 0"),
+        ({**LLAMA3_ROPE, "low_freq_factor": None}, "low_freq_factor None"),
+        ({**LLAMA3_ROPE, "low_freq_factor": 4.0}, "must exceed"),
+        ({"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 256}, "up to"),
+    ],
+)
+def test_rotary_scalings_that_are_refused(scaling: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        PretrainedConfig.from_dict(pretrained_config(rotary_scaling=scaling).to_dict())
+
+
+def test_w8a16_matches_linear_and_weight_names() -> None:
+    assert QuantConfig(quant_algo="W8A16").quantizes(_QKV)
+    assert not QuantConfig().quantizes(_QKV)
+    for pattern in ("*attention.qkv", "*qkv.weight", _QKV):
+        config = QuantConfig(quant_algo="W8A16", exclude_modules=[pattern])
+        assert not config.quantizes(_QKV)
+        assert config.quantizes(_FC)
+    # The linear's own name counts, not its parent's, and fnmatchcase is about case.
+    for pattern in ("*attention", "*QKV"):
+        assert QuantConfig(quant_algo="W8A16", exclude_modules=[pattern]).quantizes(_QKV)
+
+
+def test_fp8_rowwise_matches_whole_modules() -> None:
+    algo = "FP8_PER_CHANNEL_PER_TOKEN"
+    assert QuantConfig(quant_algo=algo).quantizes(_QKV)
+    excluded = QuantConfig(quant_algo=algo, exclude_modules=["*ln_f", "*.0.attention"])
+    assert not excluded.quantizes(_QKV)
+    assert excluded.quantizes(_FC)
+    assert excluded.quantizes("transformer.layers.1.attention.qkv")

@@ -1,0 +1,118 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmserve.checkpoint.reader import RankReader
+from llmserve.checkpoint.tensor_spec import TensorSpec
+from llmserve.checkpoint.writer import StreamingWriter
+from llmserve.errors import CheckpointError, CheckpointNotFoundError, UnsupportedCheckpointError
+
+
+def _tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.randn(5, 3, generator=generator)
+    return {
+        # Odd sizes of narrow dtypes first: written in this order the others would be misaligned.
+        "int8": torch.randint(-128, 127, (3, 5), generator=generator).to(torch.int8),
+        "fp8": plain.to(torch.float8_e4m3fn),
+        "bfloat16": plain.bfloat16(),
+        "float16": plain.half(),
+        "float32": plain,
+        "transposed": plain.t(),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 4),
+    }
+
+
+def _specs(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    a, b = a.contiguous().reshape(-1), b.contiguous().reshape(-1)
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_library_reads_what_is_written_in_any_order(tmp_path: Path, backwards: bool) -> None:
+    tensors, path = _tensors(), tmp_path / "x.safetensors"
+    with StreamingWriter(path, _specs(tensors)) as writer:
+        for name in sorted(tensors, reverse=backwards):
+            writer.write(name, tensors[name])
+
+    read = load_file(path)
+
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert read[name].shape == tensor.shape
+        assert _same_bytes(read[name], tensor), name
+
+
+def test_every_tensor_is_aligned(tmp_path: Path) -> None:
+    tensors, path = _tensors(), tmp_path / "x.safetensors"
+    with StreamingWriter(path, _specs(tensors)) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    assert length % 8 == 0
+    header = json.loads(data[8 : 8 + length])
+    for name, tensor in tensors.items():
+        assert header[name]["data_offsets"][0] % tensor.element_size() == 0
+
+
+def test_the_writer_refuses_what_was_not_announced(tmp_path: Path) -> None:
+    specs = {"a": TensorSpec((2, 2), torch.float32), "b": TensorSpec((1,), torch.int8)}
+    with StreamingWriter(tmp_path / "x", specs) as writer:
+        with pytest.raises(CheckpointError, match="c has no place"):
+            writer.write("c", torch.zeros(1))
+        with pytest.raises(CheckpointError, match=r"float32 \[4\].*float32 \[2, 2\]"):
+            writer.write("a", torch.zeros(4))
+        with pytest.raises(CheckpointError, match=r"float16 \[2, 2\]"):
+            writer.write("a", torch.zeros(2, 2, dtype=torch.float16))
+        writer.write("a", torch.zeros(2, 2))
+        with pytest.raises(CheckpointError, match="before"):
+            writer.write("a", torch.zeros(2, 2))
+        writer.write("b", torch.zeros(1, dtype=torch.int8))
+
+
+def test_a_tensor_that_was_never_written_is_named(tmp_path: Path) -> None:
+    specs = {f"t{i}": TensorSpec((1,), torch.int8) for i in range(5)}
+    with pytest.raises(CheckpointError, match="lacks t1, t2, t3 and 1 more"):  # noqa: SIM117
+        with StreamingWriter(tmp_path / "x", specs) as writer:
+            writer.write("t0", torch.zeros(1, dtype=torch.int8))
+
+
+def test_reader_gives_names_specs_and_mapped_values(tmp_path: Path) -> None:
+    tensors, path = _tensors(), tmp_path / "x.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    with RankReader(path) as reader:
+        assert reader.names() == sorted(tensors)
+        assert {name: reader.spec(name) for name in tensors} == _specs(tensors)
+        read = {name: reader.tensor(name) for name in tensors}
+    # Valid after closing, too.
+    assert all(_same_bytes(read[name], tensors[name]) for name in tensors)
+
+
+def test_reader_errors_name_file_and_tensor(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=r"nothing\.safetensors"):
+        RankReader(tmp_path / "nothing.safetensors")
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(100), "u": torch.zeros(2, dtype=torch.uint16)}, path)
+    with RankReader(path) as reader:
+        with pytest.raises(CheckpointError, match=r"x\.safetensors has no tensor b"):
+            reader.tensor("b")
+        with pytest.raises(UnsupportedCheckpointError, match=r"u in .* U16"):
+            reader.spec("u")
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match=r"cut short.*download it again"):
+        RankReader(path)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        RankReader(path)
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="cut short"):
+        RankReader(path)

@@ -1,0 +1,111 @@
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from llmserve.checkpoint.staging import staged_directory
+from llmserve.errors import CheckpointError
+
+
+def _left(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_the_directory_appears_when_it_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    with staged_directory(target) as staging:
+        (staging / "file").write_text("x")
+        assert not target.exists()
+    assert (target / "file").read_text() == "x"
+    assert _left(target.parent) == ["out"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), staged_directory(tmp_path / "out") as staging:  # noqa: PT012
+        (staging / "file").write_text("x")
+        raise error
+    assert _left(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(errno.ENOSPC, "the disk is full"), (errno.EFBIG, "ulimit"), (errno.EROFS, "[Rr]ead-only")],
+)
+def test_what_the_file_system_refuses_is_one_sentence(
+    tmp_path: Path, code: int, words: str
+) -> None:
+    with pytest.raises(CheckpointError, match=words), staged_directory(tmp_path / "out"):
+        raise OSError(code, os.strerror(code))
+    assert _left(tmp_path) == []
+
+
+def test_what_is_there_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("x")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    for name in ("full", "file"):
+        with pytest.raises(CheckpointError, match="exists already"):  # noqa: SIM117
+            with staged_directory(tmp_path / name):
+                pytest.fail("the block ran")
+    with staged_directory(tmp_path / "empty") as staging:
+        (staging / "file").write_text("x")
+    assert _left(tmp_path) == ["empty", "file", "full"]
+    assert _left(tmp_path / "full") == ["precious"]
+
+
+def test_a_full_disk_is_seen_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")(2**40, 2**40, 2**30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match=r"1\.00 GiB free and 2\.00 GiB are needed"):  # noqa: SIM117
+        with staged_directory(tmp_path / "out", required_bytes=2**31):
+            pytest.fail("the block ran")
+    assert _left(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_removed_and_what_runs_is_not(tmp_path: Path) -> None:
+    fill = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from llmserve.checkpoint.staging import staged_directory
+        with staged_directory(Path(sys.argv[1])) as staging:
+            (staging / "half").write_text("x")
+            print(staging.name, flush=True)
+            sys.stdin.read()
+    """)
+    target = tmp_path / "o[u]t*"
+
+    def start() -> tuple[subprocess.Popen[str], str]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", fill, str(target)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        return process, process.stdout.readline().strip()
+
+    killed, stale = start()
+    running, kept = start()
+    try:
+        killed.kill()
+        killed.wait()
+        assert set(_left(tmp_path)) == {stale, kept}
+        with pytest.raises(ValueError), staged_directory(target):  # noqa: PT012
+            assert stale not in _left(tmp_path)
+            assert kept in _left(tmp_path)
+            raise ValueError
+        assert _left(tmp_path) == [kept]
+    finally:
+        running.communicate()
+        killed.communicate()
+    assert _left(tmp_path) == [target.name]
