@@ -1,0 +1,1 @@
+"""TensorRT-LLM checkpoint -> engine for the hardware at hand."""

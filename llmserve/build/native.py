@@ -1,0 +1,148 @@
+"""Builds the native engine: quantises what the checkpoint holds plain, and fixes the limits.
+
+The result has the checkpoint's tensor names. It is written a tensor at a time, from a mapped
+source; nothing here knows how a step is computed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from llmserve.checkpoint.companions import companions_bytes, copy_companions
+from llmserve.checkpoint.config import PretrainedConfig
+from llmserve.checkpoint.config_file import (
+    CONFIG_FILE,
+    KIND_NAMES,
+    artifact_kind,
+    read_json_object,
+)
+from llmserve.checkpoint.decoder_tensors import LM_HEAD, quantized_linear
+from llmserve.checkpoint.engine_dir import RANK_FILE, write_engine_config
+from llmserve.checkpoint.progress import Report, no_report
+from llmserve.checkpoint.reader import RankReader
+from llmserve.checkpoint.rotary_scaling import rope_type
+from llmserve.checkpoint.staging import check_free, staged_directory
+from llmserve.checkpoint.writer import StreamingWriter
+from llmserve.config import BuildConfig
+from llmserve.errors import CheckpointError, ConfigError, UnsupportedCheckpointError
+from llmserve.quantization import weight_format
+from llmserve.quantization.layout import checkpoint_tensors, engine_tensors
+
+# A header of names and shapes, and config.json.
+_OVERHEAD_BYTES = 2**20
+
+
+def build(
+    checkpoint_dir: str | Path,
+    engine_dir: str | Path,
+    build_config: BuildConfig | None = None,
+    *,
+    report: Report = no_report,
+) -> Path:
+    """Build a native engine directory from a TensorRT-LLM checkpoint.
+
+    W8A16 weights are quantised here, to int8 (out, in) and a float32 scale per output channel;
+    FP8 and plain ones are copied. The tokenizer's files travel along.
+
+    Args:
+        checkpoint_dir: The checkpoint.
+        engine_dir: The directory to make; it appears when it is whole.
+        build_config: The engine's limits; None takes the defaults.
+        report: Told after every tensor.
+
+    Returns:
+        ``engine_dir``.
+
+    Raises:
+        ConfigError: max_seq_len is above the model's max_position_embeddings.
+        CheckpointError: The checkpoint cannot be read, is not whole or not supported, or the
+            engine cannot be written. Nothing is left at ``engine_dir``.
+    """
+    checkpoint_dir, engine_dir = Path(checkpoint_dir), Path(engine_dir)
+    check_free(engine_dir)
+    if (kind := artifact_kind(checkpoint_dir)) != "checkpoint":
+        advice = "; run `llmserve convert` first" if kind == "huggingface" else ""
+        raise CheckpointError(
+            f"{checkpoint_dir} is no TensorRT-LLM checkpoint but {KIND_NAMES[kind]}{advice}"
+        )
+    config = PretrainedConfig.from_dict(read_json_object(checkpoint_dir / CONFIG_FILE))
+    limits = resolve_build_config(build_config or BuildConfig(), config)
+    with RankReader(checkpoint_dir / RANK_FILE) as reader:
+        if LM_HEAD not in reader.names():
+            # TensorRT-LLM's rule: without an lm_head, the embedding is it.
+            config = dataclasses.replace(config, share_embedding_table=True)
+        _check_tensors(reader, config)
+        specs = engine_tensors(config)
+        total = sum(spec.nbytes for spec in specs.values())
+        required = total + companions_bytes(checkpoint_dir) + _OVERHEAD_BYTES
+        with staged_directory(engine_dir, required_bytes=required) as staging:
+            done = 0
+            with StreamingWriter(staging / RANK_FILE, specs) as writer:
+                for name, tensor in _tensors(reader, config):
+                    writer.write(name, tensor)
+                    done += tensor.nbytes
+                    report("build", done, total)
+            write_engine_config(staging, config, limits)
+            copy_companions(checkpoint_dir, staging)
+    return engine_dir
+
+
+def resolve_build_config(build_config: BuildConfig, config: PretrainedConfig) -> BuildConfig:
+    """Fill in max_seq_len from the model.
+
+    Raises:
+        ConfigError: max_seq_len is above max_position_embeddings.
+    """
+    limit = config.max_position_embeddings
+    if build_config.max_seq_len is None:
+        return dataclasses.replace(build_config, max_seq_len=limit)
+    if build_config.max_seq_len > limit:
+        why = ""
+        if rope_type(config.rotary_scaling) == "dynamic":
+            why = " (dynamic rotary scaling is not implemented beyond the original length)"
+        raise ConfigError(
+            f"max_seq_len is {build_config.max_seq_len}; it must be at most the model's "
+            f"max_position_embeddings, {limit}{why}"
+        )
+    return build_config
+
+
+def _check_tensors(reader: RankReader, config: PretrainedConfig) -> None:
+    """Raise CheckpointError unless the file holds exactly what its config.json says."""
+    specs = checkpoint_tensors(config)
+    names = set(reader.names())
+    if missing := sorted(set(specs) - names):
+        raise CheckpointError(f"{reader.path} lacks the tensor {missing[0]}")
+    for name, spec in specs.items():
+        if (given := reader.spec(name)) == spec:
+            continue
+        if given.dtype == torch.int8 and config.quantization.quant_algo == "W8A16":
+            raise UnsupportedCheckpointError(
+                f"{name} in {reader.path} is int8 already, in an order made for one generation of "
+                "GPUs; convert the original checkpoint again with `llmserve convert --quant w8a16`"
+            )
+        raise CheckpointError(f"{name} in {reader.path} is {given}; by config.json it is {spec}")
+    if extra := sorted(names - set(specs)):
+        raise CheckpointError(
+            f"{reader.path} has the tensor {extra[0]}, for which config.json has no place"
+        )
+
+
+def _tensors(reader: RankReader, config: PretrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """The engine's tensors, one at a time."""
+    algo = config.quantization.quant_algo
+    for name in checkpoint_tensors(config):
+        linear = quantized_linear(config, name) if algo == "W8A16" else None
+        if linear is None:
+            yield name, reader.tensor(name)
+            continue
+        try:
+            stored = weight_format(algo).quantize(reader.tensor(name))
+        except CheckpointError as error:
+            raise CheckpointError(f"{name} in {reader.path}: {error}") from error
+        for suffix, tensor in stored.items():
+            yield f"{linear}.{suffix}", tensor

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoint -> TensorRT-LLM checkpoint, a tensor at a time."""
