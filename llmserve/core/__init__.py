@@ -1,0 +1,1 @@
+"""The scheduler's world: requests, blocks and steps as plain data. Standard library only."""
