@@ -1,0 +1,1 @@
+"""Engines: something that turns requests into streams of tokens. Each runs one model."""

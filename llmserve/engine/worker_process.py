@@ -1,0 +1,180 @@
+"""The parent's handle on one engine process: start it, talk to it, see it die, stop it.
+
+It knows operating-system processes and sockets, and nothing of requests or restarts: a process that
+died is not started again, a new handle is.
+
+Two ZeroMQ sockets join the two: the parent pushes to the one that the child binds, the child to the
+one that the parent binds, so that neither side's first message has to wait for the other. Both
+sockets lie in a private directory, which is removed as soon as both ends are connected.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import replace
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from llmserve.config import EngineConfig
+from llmserve.core.stats import EngineStats
+from llmserve.engine.cores import available_cores
+from llmserve.engine.engine import EngineInfo
+from llmserve.engine.messages import Failed, FromWorker, Ready, Start, Stop, ToWorker
+from llmserve.engine.runner_spec import RunnerSpec
+from llmserve.errors import EngineDeadError
+
+# How long a process may take to end when it is asked to, in seconds: a step can't be interrupted.
+_STOP_S = 2.0
+# A process that fails by itself says why just before it ends; the message may come a little later.
+_LAST_WORDS_S = 0.5
+
+
+class WorkerProcess:
+    """One process of the native engine. Made by ``start``; belongs to the loop that made it.
+
+    Attributes:
+        loop: That loop.
+        info: What the engine in it is.
+        stats: How it started out.
+    """
+
+    info: EngineInfo
+    stats: EngineStats
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._directory = tempfile.mkdtemp(prefix="llmserve-")
+        self._context = zmq.Context()
+        self._outbox = self._context.socket(zmq.PUSH)
+        self._inbox = zmq.asyncio.Socket(self._context, zmq.PULL)
+        for socket in (self._outbox, self._inbox):
+            socket.set(zmq.LINGER, 0)
+            # What is under way is bounded by the scheduler's queue, not by the socket's.
+            socket.set_hwm(0)
+        self._outbox.set(zmq.RECONNECT_IVL, 10)
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder = msgspec.msgpack.Decoder(FromWorker)
+        self._process: asyncio.subprocess.Process | None = None
+
+    @classmethod
+    async def start(cls, runner: RunnerSpec, config: EngineConfig) -> WorkerProcess:
+        """Start a process and wait until its engine is loaded and warm.
+
+        Its standard error is this process's; nothing of it is left behind if this fails.
+
+        Raises:
+            LlmserveError: What the process said when it could not load.
+            EngineDeadError: It ended without a word.
+        """
+        worker = cls()
+        try:
+            begun_s = time.monotonic()
+            config = replace(config, threads=_threads(config.threads))
+            await worker._spawn(config.threads)
+            worker.send(Start(runner=runner, config=config))
+            ready = await worker._until_ready()
+            worker.info = replace(ready.info, load_s=time.monotonic() - begun_s)
+            worker.stats = ready.stats
+        except BaseException:
+            await worker.kill()
+            raise
+        return worker
+
+    async def _spawn(self, threads: int | None) -> None:
+        requests = f"ipc://{self._directory}/requests"
+        outputs = f"ipc://{self._directory}/outputs"
+        self._inbox.bind(outputs)
+        self._outbox.connect(requests)
+        self._process = await asyncio.create_subprocess_exec(
+            # -P: the current directory is nowhere to import from, unless it is for the parent.
+            *(sys.executable, "-P", "-m", "llmserve.engine.worker"),
+            *(str(os.getpid()), requests, outputs),
+            env=_environment(threads),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=2,  # this process's standard output belongs to its program
+            # Ctrl-C reaches the parent alone, from the first instruction on.
+            start_new_session=True,
+        )
+
+    async def _until_ready(self) -> Ready:
+        received = asyncio.ensure_future(self.receive())
+        ended = asyncio.ensure_future(self.wait())
+        try:
+            await asyncio.wait({received, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not received.done():
+                raise EngineDeadError(f"the engine process {ended.result()} while it was loading")
+            message = received.result()
+        finally:
+            received.cancel()
+            ended.cancel()
+        if isinstance(message, Failed):
+            raise message.error.to_exception()
+        assert isinstance(message, Ready)
+        # Both ends are connected, and connections outlive the names.
+        shutil.rmtree(self._directory, ignore_errors=True)
+        return message
+
+    def send(self, message: ToWorker) -> None:
+        """Queue a message; never blocks. One to a process that has died is lost."""
+        if not self._outbox.closed:
+            self._outbox.send(self._encoder.encode(message), zmq.NOBLOCK)
+
+    async def receive(self) -> FromWorker:
+        """The next message. Waits for ever if the process has died."""
+        message: FromWorker = self._decoder.decode(await self._inbox.recv())
+        return message
+
+    async def wait(self) -> str:
+        """Wait for the process's end and say how it came, as in 'was killed by SIGKILL'."""
+        assert self._process is not None
+        code = await self._process.wait()
+        if code < 0:
+            names = {known.value: known.name for known in signal.Signals}
+            return f"was killed by {names.get(-code, f'signal {-code}')}"
+        await asyncio.sleep(_LAST_WORDS_S)
+        return f"ended with exit code {code}"
+
+    async def stop(self) -> None:
+        """Ask the process to end, then ``kill`` it. Safe to call twice."""
+        if self._process is not None and self._process.returncode is None:
+            self.send(Stop())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), _STOP_S)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """End the process at once and give back everything. Safe to call twice."""
+        try:
+            if self._process is not None:
+                if self._process.returncode is None:
+                    self._process.kill()
+                await self._process.wait()
+        finally:
+            self._inbox.close()
+            self._outbox.close()
+            self._context.term()
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def _threads(asked: int | None) -> int:
+    """Threads of the compute process: as asked, as OMP_NUM_THREADS says, or one per core."""
+    inherited = os.environ.get("OMP_NUM_THREADS", "")
+    return asked or (int(inherited) if inherited.isdigit() else 0) or available_cores()
+
+
+def _environment(threads: int | None) -> dict[str, str]:
+    """The child's: it imports what its parent would, and OpenMP reads its threads at import."""
+    return dict(
+        os.environ,
+        PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path),
+        OMP_NUM_THREADS=str(threads),
+    )
