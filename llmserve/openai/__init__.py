@@ -1,0 +1,1 @@
+"""OpenAI's protocol without HTTP: bodies in, answers out. Shared by the server and batch jobs."""

@@ -1,0 +1,205 @@
+"""What clients get: answers, stream chunks, errors and the model list, in OpenAI's shapes.
+
+Pydantic checks what comes in; what goes out is made here and needs no checking, so it is msgspec
+structs, which encode several times faster: at many streams that is most of the API process's work.
+A field that is UNSET is left out of the JSON, one that is None is ``null``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+FinishReason: TypeAlias = Literal["stop", "length"]
+
+_encoder = msgspec.json.Encoder()
+
+
+class PromptTokensDetails(msgspec.Struct, kw_only=True):
+    """Part of the usage.
+
+    Attributes:
+        cached_tokens: Prompt tokens whose KV blocks were reused.
+    """
+
+    cached_tokens: int = 0
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    """Token counts over all prompts and answers of a request; a prompt counts once for its n."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class CompletionLogprobs(msgspec.Struct, kw_only=True):
+    """Log-probabilities of a completion: four lists of one entry per token.
+
+    Attributes:
+        tokens: The tokens' texts; ``bytes:\\xe2\\x82`` for one that is no whole UTF-8.
+        token_logprobs: Of the tokens drawn.
+        top_logprobs: The likeliest tokens and the drawn one, by text.
+        text_offset: Where a token begins in the answer, in characters.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TopLogprob(msgspec.Struct, kw_only=True):
+    """One of the likeliest tokens at a position; ``bytes`` joins to UTF-8 over several tokens."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(msgspec.Struct, kw_only=True):
+    """The token drawn at a position, and the likeliest ones there."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, kw_only=True):
+    """Log-probabilities of a chat answer."""
+
+    content: list[ChatTokenLogprob]
+
+
+class CompletionChoice(msgspec.Struct, kw_only=True):
+    """One answer, or in a stream one piece of it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | UnsetType | None = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class Completion(msgspec.Struct, kw_only=True):
+    """The answer of ``/v1/completions``, and each chunk of its stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET
+
+
+class AssistantMessage(msgspec.Struct, kw_only=True):
+    """What the model says."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct, kw_only=True):
+    """One answer of a chat."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | UnsetType | None = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatCompletion(msgspec.Struct, kw_only=True):
+    """The answer of ``/v1/chat/completions``."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class Delta(msgspec.Struct, kw_only=True):
+    """What a chunk adds to the message: the role in an answer's first, then text."""
+
+    role: Literal["assistant"] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class ChatChunkChoice(msgspec.Struct, kw_only=True):
+    """One piece of one answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | UnsetType | None = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+
+
+class ChatCompletionChunk(msgspec.Struct, kw_only=True):
+    """One event of a chat stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class Model(msgspec.Struct, kw_only=True):
+    """An entry of ``/v1/models``.
+
+    Attributes:
+        max_model_len: Longest prompt plus answer in tokens: not OpenAI's, but what clients that
+            fill the context look for.
+    """
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "llmserve"
+    max_model_len: int
+
+
+class ModelList(msgspec.Struct, kw_only=True):
+    """The answer of ``/v1/models``."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class ErrorDetail(msgspec.Struct, kw_only=True):
+    """What went wrong: a sentence, its kind, the field at fault and a code, in OpenAI's words."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(msgspec.Struct, kw_only=True):
+    """The body of every answer that is not a success, and the event that ends a broken stream."""
+
+    error: ErrorDetail
+
+
+Response: TypeAlias = Completion | ChatCompletion
+Chunk: TypeAlias = Completion | ChatCompletionChunk
+
+
+def encode(message: msgspec.Struct) -> bytes:
+    """The JSON of anything in this module, as UTF-8."""
+    return _encoder.encode(message)

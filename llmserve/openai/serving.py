@@ -1,0 +1,304 @@
+"""OpenAI's endpoints as functions: a decoded JSON body in, an answer or a stream of chunks out.
+
+Used by the HTTP server and by batch jobs alike. It knows neither HTTP nor files, and of the engine
+only what AsyncLLM shows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import msgspec
+from pydantic import JsonValue
+
+from llmserve.core.sampling_params import SamplingParams
+from llmserve.errors import InvalidRequestError, LlmserveError
+from llmserve.llm import AsyncLLM
+from llmserve.openai.errors import ModelNotFoundError, RouteNotFoundError, describe_error
+from llmserve.openai.generation import Generation
+from llmserve.openai.observer import RequestObserver, SilentObserver
+from llmserve.openai.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    GenerationRequest,
+    parse_request,
+)
+from llmserve.openai.responses import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    Model,
+    ModelList,
+)
+from llmserve.openai.sampling import clamp_max_tokens, to_sampling_params
+from llmserve.openai.writers import ChatWriter, CompletionWriter, Writer
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""``max_tokens`` of a completion that sets none: OpenAI's own."""
+# Text so long is tokenised in a thread: it would hold up every stream for a noticeable time.
+_LONG_TEXT_CHARS = 32_768
+
+ChunkT = TypeVar("ChunkT", bound=msgspec.Struct)
+ResponseT = TypeVar("ResponseT", bound=msgspec.Struct)
+ResultT = TypeVar("ResultT")
+
+
+class ChunkStream(Generic[ChunkT]):
+    """The chunks of one answer. ``aclose`` aborts what still runs, even before the first chunk.
+
+    Iterating raises EngineError or InvalidRequestError if the answer fails midway.
+    """
+
+    def __init__(self, chunks: AsyncGenerator[ChunkT, None], generation: Generation) -> None:
+        self._chunks = chunks
+        self._generation = generation
+
+    def __aiter__(self) -> ChunkStream[ChunkT]:
+        return self
+
+    async def __anext__(self) -> ChunkT:
+        return await anext(self._chunks)
+
+    async def aclose(self) -> None:
+        """Leave. Safe to call at any time and more than once."""
+        await self._chunks.aclose()
+        # A generator that was never begun has no finally to run.
+        await self._generation.aclose()
+
+
+@dataclass(frozen=True, slots=True)
+class JsonAnswer:
+    """What ``respond`` gives: a status as of HTTP, and the body."""
+
+    status: int
+    body: dict[str, JsonValue]
+
+
+class OpenAIServing:
+    """The endpoints of one model.
+
+    Args:
+        llm: Generates.
+        served_model_name: The name clients use.
+        observer: Is told the times of every answer.
+    """
+
+    def __init__(
+        self,
+        llm: AsyncLLM,
+        served_model_name: str,
+        observer: RequestObserver | None = None,
+    ) -> None:
+        self.llm = llm
+        self.served_model_name = served_model_name
+        self._observer = observer or SilentObserver()
+        self._created = int(time.time())
+
+    def models(self) -> ModelList:
+        """``GET /v1/models``."""
+        return ModelList(data=[self.model(self.served_model_name)])
+
+    def model(self, name: str) -> Model:
+        """``GET /v1/models/{id}``.
+
+        Raises:
+            ModelNotFoundError: It is another name than the served one.
+        """
+        self._check_model(name)
+        max_seq_len = self.llm.engine.info.max_seq_len
+        return Model(id=name, created=self._created, max_model_len=max_seq_len)
+
+    async def create_completion(
+        self, body: object, request_id: str
+    ) -> Completion | ChunkStream[Completion]:
+        """``POST /v1/completions``.
+
+        Args:
+            body: Decoded JSON.
+            request_id: For the log, where it stands beside the answer's own id.
+
+        Returns:
+            The whole answer, or with ``stream`` its chunks; the engine has accepted it then.
+
+        Raises:
+            InvalidRequestError: The body cannot be served as it is.
+            EngineError: The engine takes no requests now, or failed.
+        """
+        arrival_s = time.perf_counter()
+        request = parse_request(CompletionRequest, body)
+        self._check_model(request.model)
+        params = self._sampling_params(
+            request, request.max_tokens or DEFAULT_COMPLETION_TOKENS, request.logprobs
+        )
+        prompts = await self._encode_prompts(request)
+        params_list = [params] * len(prompts)
+        if request.max_tokens is None:
+            limit = self.llm.engine.info.max_seq_len
+            params_list = [clamp_max_tokens(params, len(prompt), limit) for prompt in prompts]
+        id, created = _new_id("cmpl", request, request_id)
+        generation = await Generation.open(
+            self.llm,
+            prompts,
+            params_list,
+            request_id=id,
+            arrival_s=arrival_s,
+            observer=self._observer,
+        )
+        writer = CompletionWriter(
+            request, self.llm.tokenizer, id=id, created=created, model=self.served_model_name
+        )
+        if request.stream:
+            return ChunkStream(_chunks(generation, writer, request.include_usage), generation)
+        return await _whole(generation, writer)
+
+    async def create_chat_completion(
+        self, body: object, request_id: str
+    ) -> ChatCompletion | ChunkStream[ChatCompletionChunk]:
+        """``POST /v1/chat/completions``; as ``create_completion``."""
+        arrival_s = time.perf_counter()
+        request = parse_request(ChatCompletionRequest, body)
+        self._check_model(request.model)
+        params = self._sampling_params(
+            request,
+            request.max_completion_tokens or request.max_tokens,
+            (request.top_logprobs or 0) if request.logprobs else None,
+        )
+        prompt = await self._encode_chat(request)
+        id, created = _new_id("chatcmpl", request, request_id)
+        generation = await Generation.open(
+            self.llm,
+            [prompt],
+            [params],
+            request_id=id,
+            arrival_s=arrival_s,
+            observer=self._observer,
+        )
+        writer = ChatWriter(
+            request, self.llm.tokenizer, id=id, created=created, model=self.served_model_name
+        )
+        if request.stream:
+            return ChunkStream(_chunks(generation, writer, request.include_usage), generation)
+        return await _whole(generation, writer)
+
+    async def respond(self, url: str, body: object, request_id: str) -> JsonAnswer:
+        """Answer as HTTP would, without HTTP: what a line of a batch file needs.
+
+        Args:
+            url: ``/v1/completions`` or ``/v1/chat/completions``.
+            body: Decoded JSON; ``stream`` is refused.
+            request_id: For the log.
+
+        Returns:
+            Status and body. Errors are answers too: nothing is raised but cancellation.
+        """
+        try:
+            if isinstance(body, dict) and body.get("stream"):
+                raise InvalidRequestError("stream has no meaning here", param="stream")
+            answer: object
+            if url == "/v1/completions":
+                answer = await self.create_completion(body, request_id)
+            elif url == "/v1/chat/completions":
+                answer = await self.create_chat_completion(body, request_id)
+            else:
+                raise RouteNotFoundError(f"there is no endpoint {url}", param="url")
+            return JsonAnswer(200, msgspec.to_builtins(answer))
+        except Exception as error:
+            if not isinstance(error, LlmserveError):
+                logger.exception("request %s failed", request_id)
+            described = describe_error(error)
+            return JsonAnswer(described.status, msgspec.to_builtins(described.body))
+
+    def _check_model(self, name: str) -> None:
+        if name != self.served_model_name:
+            raise ModelNotFoundError(
+                f"the model {name!r} is not served here; {self.served_model_name!r} is",
+                param="model",
+            )
+
+    def _sampling_params(
+        self, request: GenerationRequest, max_tokens: int | None, logprobs: int | None
+    ) -> SamplingParams:
+        return to_sampling_params(
+            request,
+            self.llm.generation_config,
+            vocab_size=self.llm.engine.info.vocab_size,
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+        )
+
+    async def _encode_prompts(self, request: CompletionRequest) -> list[list[int]]:
+        def encode() -> list[list[int]]:
+            return [
+                self.llm.tokenizer.encode(
+                    prompt, add_special_tokens=request.add_special_tokens is not False
+                )
+                if isinstance(prompt, str)
+                else prompt
+                for prompt in request.prompt
+            ]
+
+        texts = [prompt for prompt in request.prompt if isinstance(prompt, str)]
+        return await _run(encode, sum(map(len, texts)))
+
+    async def _encode_chat(self, request: ChatCompletionRequest) -> list[int]:
+        messages = [message.for_template() for message in request.messages]
+        continues = bool(request.continue_final_message)
+        add_generation_prompt = request.add_generation_prompt
+
+        def encode() -> list[int]:
+            return self.llm.tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=(
+                    not continues if add_generation_prompt is None else add_generation_prompt
+                ),
+                continue_final_message=continues,
+                template_kwargs=request.chat_template_kwargs,
+            )
+
+        return await _run(encode, sum(len(message["content"]) + 64 for message in messages))
+
+
+async def _run(function: Callable[[], ResultT], num_chars: int) -> ResultT:
+    return function() if num_chars < _LONG_TEXT_CHARS else await asyncio.to_thread(function)
+
+
+async def _chunks(
+    generation: Generation, writer: Writer[object, ChunkT], include_usage: bool
+) -> AsyncGenerator[ChunkT, None]:
+    try:
+        async with aclosing(generation.updates()) as updates:
+            async for prompt_index, output in updates:
+                for chunk in writer.chunks(prompt_index, output):
+                    yield chunk
+        if include_usage:
+            yield writer.usage_chunk(generation.usage())
+    finally:
+        await generation.aclose()
+
+
+async def _whole(generation: Generation, writer: Writer[ResponseT, object]) -> ResponseT:
+    try:
+        async with aclosing(generation.updates()) as updates:
+            async for _ in updates:
+                pass
+        return writer.response(generation.outputs, generation.usage())
+    finally:
+        await generation.aclose()
+
+
+def _new_id(prefix: str, request: GenerationRequest, request_id: str) -> tuple[str, int]:
+    """An id that no other request has, whatever request ids clients send, and the time."""
+    id = f"{prefix}-{uuid.uuid4().hex}"
+    given = (("user", request.user), ("metadata", request.metadata))
+    notes = [f"{name} {value!r:.1000}" for name, value in given if value]
+    logger.info("request %s is %s", request_id, ", ".join([id, *notes]))
+    return id, int(time.time())

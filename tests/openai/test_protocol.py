@@ -1,0 +1,228 @@
+"""Which bodies are taken, and what is said about those that are not."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from llmserve.errors import InvalidRequestError
+from llmserve.openai.protocol import (
+    MAX_CHOICES,
+    NOT_IMPLEMENTED,
+    ChatCompletionRequest,
+    CompletionRequest,
+    parse_request,
+)
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def completion(**fields: object) -> CompletionRequest:
+    return parse_request(CompletionRequest, {"model": "m", "prompt": "hi", **fields})
+
+
+def chat(**fields: object) -> ChatCompletionRequest:
+    return parse_request(ChatCompletionRequest, {"model": "m", "messages": MESSAGES, **fields})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("hi", ["hi"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+        (["a", [1]], ["a", [1]]),
+    ],
+)
+def test_each_form_of_prompt_becomes_a_list(prompt: object, prompts: object) -> None:
+    assert completion(prompt=prompt).prompt == prompts
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        [],
+        [[]],
+        None,
+        7,
+        {"text": "hi"},
+        [1, "a"],
+        [1, True],
+        [1, -1],
+        [1, 2**31],
+        [1, 1.0],
+        ["a", None],
+        "\ud800",
+        ["\udfff"],
+        ["a"] * (MAX_CHOICES + 1),
+    ],
+)
+def test_other_prompts_are_refused(prompt: object) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(prompt=prompt)
+    assert caught.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("field", "allowed", "refused"),
+    [
+        ("temperature", [0, 0.5, 2, None], [-0.1, 2.1, "0.5", True, math.nan, math.inf, [1]]),
+        ("top_p", [0.1, 1], [0, 1.1, -1]),
+        ("top_k", [-1, 0, 5], [-2, 1.5, True, 2**31]),
+        ("min_p", [0, 1], [-0.1, 1.1]),
+        ("frequency_penalty", [-2, 2], [-2.1, 2.1]),
+        ("presence_penalty", [-2, 2], [-2.1, 2.1]),
+        ("repetition_penalty", [0.1, 3], [0, -1]),
+        ("n", [1, 128], [0, -1, 1.0, True, MAX_CHOICES + 1]),
+        ("max_tokens", [1, 10**30], [0, -1, "5", 2.5]),
+        ("logprobs", [0, 20], [-1, 21, True]),
+        ("seed", [-(2**63), 2**63 - 1], [2**63, -(2**63) - 1, 0.5]),
+        ("stop", ["x", ["x", "y"], []], [7, ["x", 7], ["x"] * 65, "\ud800"]),
+        ("stop_token_ids", [[1]], [1, [-1], [True], [2**31]]),
+        ("stream", [True, False], ["true", 1]),
+        ("truncate_prompt_tokens", [1], [0, -1]),
+        ("ignore_eos", [True], [1]),
+        ("user", ["me"], [7]),
+        ("metadata", [{"a": "b"}], [{"a": 1}, "x", {"a": "b" * 513}]),
+    ],
+)
+def test_ranges_and_types(field: str, allowed: list[object], refused: list[object]) -> None:
+    for value in allowed:
+        completion(**{field: value})
+    for value in refused:
+        with pytest.raises(InvalidRequestError) as caught:
+            completion(**{field: value})
+        assert caught.value.param is not None
+        assert caught.value.param.startswith(field), (value, caught.value.param)
+        assert str(caught.value).startswith(field)
+
+
+def test_an_error_says_value_and_limit() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(temperature=3.5)
+    assert str(caught.value) == "temperature is 3.5; it must be less than or equal to 2"
+
+
+def test_long_values_are_cut_in_errors() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(temperature="x" * 100_000)
+    assert len(str(caught.value)) < 300
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(**{"x" * 100_000: 1})
+    assert len(str(caught.value)) < 300
+
+
+def test_an_unknown_field_is_named() -> None:
+    for make in (completion, chat):
+        with pytest.raises(InvalidRequestError) as caught:
+            make(temprature=1)
+        assert caught.value.param == "temprature"
+        assert caught.value.code == "unknown_field"
+
+
+@pytest.mark.parametrize("field", sorted(NOT_IMPLEMENTED))
+def test_what_is_not_implemented_is_refused_unless_neutral(field: str) -> None:
+    for make in (completion, chat):
+        make(**{field: None})
+        for neutral in NOT_IMPLEMENTED[field]:
+            make(**{field: neutral})
+        with pytest.raises(InvalidRequestError) as caught:
+            make(**{field: {"some": "thing"}})
+        assert caught.value.param == field
+        assert caught.value.code == "unsupported"
+
+
+def test_neutral_values_are_of_their_own_type() -> None:
+    with pytest.raises(InvalidRequestError):
+        completion(min_tokens=False)
+    with pytest.raises(InvalidRequestError):
+        completion(echo=0)
+
+
+def test_best_of_is_n_or_nothing() -> None:
+    completion(best_of=1)
+    completion(best_of=3, n=3)
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(best_of=3)
+    assert caught.value.param == "best_of"
+
+
+def test_prompts_times_n_are_bounded() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(prompt=["a"] * 100, n=100)
+    assert caught.value.param == "n"
+
+
+def test_advisory_fields_are_taken() -> None:
+    chat(
+        user="u",
+        metadata={"k": "v"},
+        store=True,
+        service_tier="auto",
+        prompt_cache_key="k",
+        safety_identifier="s",
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": False, "top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [*MESSAGES, {"role": "user"}]}, "messages[1].content"),
+        ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "x", "y": 1}]}, "messages[0].y"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
+            "messages[0].tool_calls",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content",
+        ),
+        ({"chat_template_kwargs": {"x": math.inf}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"x": "\ud800"}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
+    ],
+)
+def test_chat_fields_refused(fields: dict[str, object], param: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(**fields)
+    assert caught.value.param is not None
+    assert caught.value.param.startswith(param)
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request = chat(messages=[{"role": "user", "content": parts}])
+    assert request.messages[0].for_template() == {"role": "user", "content": "a\nb"}
+
+
+def test_an_assistant_message_of_an_earlier_answer_is_taken() -> None:
+    earlier = {
+        "role": "assistant",
+        "content": None,
+        "refusal": None,
+        "tool_calls": [],
+        "audio": None,
+    }
+    request = chat(messages=[*MESSAGES, earlier, *MESSAGES])
+    assert request.messages[1].for_template() == {"role": "assistant", "content": ""}
+
+
+@pytest.mark.parametrize("body", [None, [], "x", 7, {}, {"model": "m"}, {"prompt": "x"}])
+def test_bodies_that_are_no_requests(body: object) -> None:
+    with pytest.raises(InvalidRequestError):
+        parse_request(CompletionRequest, body)
