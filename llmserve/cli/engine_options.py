@@ -1,0 +1,88 @@
+"""The options of every command that starts an engine: the same names and meaning everywhere."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from llmserve.config import (
+    QUANT_ALGOS,
+    CapacitySchedulerPolicy,
+    DType,
+    EngineConfig,
+    KvCacheConfig,
+    parse_bytes,
+)
+from llmserve.errors import ConfigError
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says how a model is converted and what its engine may use."""
+    group = parser.add_argument_group("engine", "limits may be lower than the engine was built for")
+    group.add_argument(
+        "--dtype",
+        choices=get_args(DType),
+        default="auto",
+        help="of a Hugging Face checkpoint's conversion (default: %(default)s)",
+    )
+    group.add_argument(
+        "--quant",
+        choices=list(QUANT_ALGOS),
+        help="weight format of a Hugging Face checkpoint's conversion (default: none)",
+    )
+    group.add_argument("--threads", type=int, help="compute threads (default: the cores there are)")
+    group.add_argument("--max-batch-size", type=int, help="most requests in one step")
+    group.add_argument("--max-num-tokens", type=int, help="most tokens computed in one step")
+    group.add_argument("--max-seq-len", type=int, help="longest prompt plus answer, in tokens")
+    group.add_argument("--tokens-per-block", type=int, help="tokens in one block of the KV cache")
+    group.add_argument(
+        "--kv-cache-memory",
+        type=_size,
+        metavar="SIZE",
+        help="most memory of the KV cache, such as 2GiB",
+    )
+    group.add_argument(
+        "--capacity-scheduler-policy",
+        choices=get_args(CapacitySchedulerPolicy),
+        default=EngineConfig().capacity_scheduler_policy,
+        help="never pause a running request, or fill the KV cache (default: %(default)s)",
+    )
+    group.add_argument(
+        "--no-block-reuse",
+        action="store_true",
+        help="do not share the KV cache between requests with the same beginning",
+    )
+
+
+def engine_config(args: argparse.Namespace) -> EngineConfig:
+    """The settings that ``add_engine_options`` has read.
+
+    Raises:
+        ConfigError: A value is out of range.
+    """
+    return EngineConfig(
+        max_batch_size=args.max_batch_size,
+        max_num_tokens=args.max_num_tokens,
+        max_seq_len=args.max_seq_len,
+        kv_cache=KvCacheConfig(
+            enable_block_reuse=not args.no_block_reuse,
+            tokens_per_block=args.tokens_per_block,
+            max_total_bytes=args.kv_cache_memory,
+        ),
+        capacity_scheduler_policy=args.capacity_scheduler_policy,
+        threads=args.threads,
+    )
+
+
+def default_model_name(model: str) -> str:
+    """What clients call a model unless told otherwise: its directory's name, or its Hub id."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.exists() else model.partition("@")[0]
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
