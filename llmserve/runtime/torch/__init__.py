@@ -1,0 +1,47 @@
+"""The PyTorch runtime: executes native engines on a CPU or a CUDA GPU. Importing it is cheap."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmserve.runtime.torch.runner import TorchRunner
+
+
+def load_runner(
+    engine_dir: Path,
+    *,
+    max_batch_size: int,
+    max_num_tokens: int,
+    max_seq_len: int,
+    tokens_per_block: int,
+    device: str = "auto",
+    threads: int | None = None,
+) -> TorchRunner:
+    """Load a native engine's weights; the KV cache comes later (``allocate_kv_cache``).
+
+    Args:
+        engine_dir: What ``llmserve build`` wrote.
+        max_batch_size: Most requests known at a time.
+        max_num_tokens: Most tokens computed in one step.
+        max_seq_len: Longest prompt plus answer, in tokens.
+        tokens_per_block: Tokens of one KV block.
+        device: 'cpu', 'cuda' or 'cuda:N'; 'auto' takes CUDA where there is a GPU.
+        threads: CPU threads of this process's products; None leaves torch's own choice.
+
+    Raises:
+        CheckpointError: The directory is no native engine, or tensors are missing or left over.
+        ConfigError: There is no such device.
+    """
+    from llmserve.runtime.torch.runner import TorchRunner
+
+    return TorchRunner(
+        engine_dir,
+        max_batch_size=max_batch_size,
+        max_num_tokens=max_num_tokens,
+        max_seq_len=max_seq_len,
+        tokens_per_block=tokens_per_block,
+        device=device,
+        threads=threads,
+    )

@@ -1,0 +1,243 @@
+"""The ModelRunner in PyTorch: one process, one device.
+
+It owns the weights, the KV cache and the slots of known requests. Which blocks a request has and
+how many tokens a step computes is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llmserve.checkpoint.decoder_tensors import torch_dtype
+from llmserve.checkpoint.engine_dir import read_engine
+from llmserve.core.sampling_params import SamplingParams
+from llmserve.core.step import (
+    KVGroupSpec,
+    ModelRunnerOutput,
+    NewRequest,
+    ScheduledRequest,
+    SchedulerOutput,
+)
+from llmserve.errors import ConfigError
+from llmserve.runtime.memory import default_host_kv_bytes
+from llmserve.runtime.model_runner import ModelInfo
+from llmserve.runtime.torch.input_batch import InputBatch, StepInputs
+from llmserve.runtime.torch.loading import load_decoder
+from llmserve.runtime.torch.sampler import sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepHandle:
+    """A launched step.
+
+    Attributes:
+        inputs: What it computes; None for a step that computes nothing.
+        logits: float32 (sampled, vocab), perhaps still being computed; None if nobody samples.
+    """
+
+    inputs: StepInputs | None
+    logits: torch.Tensor | None
+
+
+class TorchRunner:
+    """Executes steps of a native engine on a CPU or a CUDA GPU. See ``load_runner``."""
+
+    info: ModelInfo
+
+    def __init__(
+        self,
+        engine_dir: Path,
+        *,
+        max_batch_size: int,
+        max_num_tokens: int,
+        max_seq_len: int,
+        tokens_per_block: int,
+        device: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        config, _ = read_engine(engine_dir)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._device = resolve_device(device)
+        self._dtype = torch_dtype(config.dtype)
+        self._config = config
+        self._max_num_tokens = max_num_tokens
+        self._tokens_per_block = tokens_per_block
+        self._decoder = load_decoder(
+            engine_dir, config, max_seq_len=max_seq_len, device=self._device
+        )
+        self._inputs = InputBatch(
+            max_batch_size=max_batch_size,
+            max_seq_len=max_seq_len,
+            tokens_per_block=tokens_per_block,
+            dtype=self._dtype,
+            device=self._device,
+        )
+        # K and V of one token in one layer, in elements.
+        self._kv_width = 2 * config.num_key_value_heads * config.head_size
+        self._kv_cache: list[torch.Tensor] = []
+        token_bytes = self._kv_width * self._dtype.itemsize * config.num_hidden_layers
+        self.info = ModelInfo(
+            vocab_size=config.vocab_size,
+            max_seq_len=max_seq_len,
+            kv_groups=(
+                KVGroupSpec(
+                    layers=tuple(range(config.num_hidden_layers)),
+                    window=None,
+                    bytes_per_block=token_bytes * tokens_per_block,
+                ),
+            ),
+            weights_bytes=self._decoder.weights_bytes,
+            device=str(self._device),
+            dtype=config.dtype,
+            quant_algo=config.quantization.quant_algo,
+        )
+
+    def available_kv_bytes(self) -> int:
+        """On CUDA what is free once the largest step has its room; on a CPU see ``memory``."""
+        if self._device.type == "cpu":
+            return default_host_kv_bytes()
+        free, _ = torch.cuda.mem_get_info(self._device)
+        return max(0, free - self._workspace_bytes())
+
+    def _workspace_bytes(self) -> int:
+        # The largest live activations of a step: the residual stream and its norm, gate and up and
+        # their product; and float32 logits of every slot with the sampler's copies of them.
+        config, slots = self._config, self._inputs.token_ids.shape[0]
+        per_token = 4 * config.hidden_size + 4 * config.intermediate_size
+        step = self._max_num_tokens * per_token * self._dtype.itemsize
+        rows = min(slots, self._max_num_tokens)
+        return step + rows * config.vocab_size * 4 * 4
+
+    def allocate_kv_cache(self, num_blocks: tuple[int, ...]) -> None:
+        """Reserve the KV cache. On a CPU its pages take memory when they are first written.
+
+        Raises:
+            ValueError: It is there already, or the counts are not one per KV group.
+        """
+        if self._kv_cache:
+            raise ValueError("the KV cache is allocated already")
+        (blocks,) = num_blocks
+        self._kv_cache = [
+            torch.empty(
+                blocks * self._tokens_per_block,
+                self._kv_width,
+                dtype=self._dtype,
+                device=self._device,
+            )
+            for _ in range(self._config.num_hidden_layers)
+        ]
+
+    def warm_up(self) -> None:
+        """Run a prefill and a decode in block 0, greedy and sampled, and forget them."""
+        length = min(2, self._tokens_per_block - 1, self.info.max_seq_len - 1)
+        if length < 1:
+            return
+        for params in (SamplingParams(seed=0), SamplingParams(temperature=1.0, top_p=0.9, seed=0)):
+            new = NewRequest(
+                request_id="warm-up",
+                token_ids=[0] * length,
+                num_prompt_tokens=length,
+                sampling_params=params,
+            )
+            self._run(SchedulerOutput(step_id=0, new_requests=[new], scheduled=[_part(0, length)]))
+            self._run(SchedulerOutput(step_id=1, scheduled=[_part(length, 1)]))
+            self._run(SchedulerOutput(step_id=2, finished_request_ids=["warm-up"]))
+        for cache in self._kv_cache:
+            cache[: self._tokens_per_block].zero_()
+
+    def _run(self, step: SchedulerOutput) -> None:
+        self.finish(self.launch(step))
+
+    @torch.inference_mode()
+    def launch(self, scheduler_output: SchedulerOutput) -> StepHandle:
+        """Start a step; on CUDA it runs on while this returns.
+
+        Raises:
+            ValueError: The step asks for what is not implemented.
+        """
+        self._inputs.update(scheduler_output)
+        self._copy_blocks(scheduler_output.block_copies)
+        if not scheduler_output.scheduled:
+            return StepHandle(inputs=None, logits=None)
+        inputs = self._inputs.pack(scheduler_output.scheduled)
+        hidden = self._decoder.forward(
+            inputs.token_ids, inputs.positions, inputs.plan, self._kv_cache
+        )
+        if not inputs.sampled:
+            return StepHandle(inputs=inputs, logits=None)
+        logits = self._decoder.logits(hidden.index_select(0, inputs.sampled_rows))
+        return StepHandle(inputs=inputs, logits=logits)
+
+    @torch.inference_mode()
+    def finish(self, handle: StepHandle, masks: object = None) -> ModelRunnerOutput:
+        """Sample the step's next tokens and wait for them.
+
+        Raises:
+            ValueError: ``masks`` are given; they are not implemented.
+        """
+        if masks is not None:
+            raise ValueError("grammar masks are not implemented")
+        output = ModelRunnerOutput()
+        if handle.inputs is None or handle.logits is None:
+            return output
+        rows = handle.inputs.sampled
+        sampled = sample(handle.logits, rows, self._inputs.token_ids)
+        self._inputs.append_sampled(rows, sampled.token_ids)
+        token_ids, valid = torch.stack((sampled.token_ids, sampled.valid.long())).tolist()
+        for i, row in enumerate(rows):
+            if not valid[i]:
+                output.errors[row.request_id] = (
+                    f"the model computed NaN or infinity for the token at position {row.position}"
+                )
+                continue
+            output.token_ids[row.request_id] = [token_ids[i]]
+            if i in sampled.logprobs:
+                output.logprobs[row.request_id] = [sampled.logprobs[i]]
+        return output
+
+    def shutdown(self) -> None:
+        """Free the KV cache and the weights."""
+        self._kv_cache = []
+        del self._decoder, self._inputs
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _copy_blocks(self, block_copies: list[tuple[int, int]]) -> None:
+        if not block_copies:
+            return
+        sources, destinations = torch.tensor(block_copies, device=self._device).unbind(1)
+        for cache in self._kv_cache:
+            blocks = cache.view(-1, self._tokens_per_block, self._kv_width)
+            blocks.index_copy_(0, destinations, blocks.index_select(0, sources))
+
+
+def _part(num_computed_tokens: int, num_tokens: int) -> ScheduledRequest:
+    return ScheduledRequest(
+        request_id="warm-up",
+        num_computed_tokens=num_computed_tokens,
+        num_tokens=num_tokens,
+        new_block_ids=([0] if num_computed_tokens == 0 else [],),
+    )
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device behind a setting: 'auto', 'cpu', 'cuda' or 'cuda:N'; 'cuda' is 'cuda:0'.
+
+    Raises:
+        ConfigError: It is none of these, or not there.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    if device != "cpu" and (kind != "cuda" or not (index or "0").isdigit()):
+        raise ConfigError(f"device is {device!r}; it must be auto, cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if int(index or 0) >= count:
+        raise ConfigError(f"device is {device!r}; this machine has {count} CUDA devices")
+    return torch.device("cuda", int(index or 0))
