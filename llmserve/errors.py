@@ -4,9 +4,9 @@ The tree::
 
     LlmserveError
     ├── ConfigError               a setting: names the field, the value and the limit
-    ├── InvalidRequestError       one request's fault: that client gets a 400, nothing else is touched
-    │   └── ContextLengthError    prompt + max_tokens do not fit max_seq_len, or never fit the KV cache
-    ├── CheckpointError           what is on disk cannot be used: names the file or tensor and what to do
+    ├── InvalidRequestError       one request's fault: a 400 to that client, nothing else is touched
+    │   └── ContextLengthError    prompt + max_tokens do not fit max_seq_len or the KV cache
+    ├── CheckpointError           what is on disk cannot be used: names it and says what to do
     │   ├── CheckpointNotFoundError
     │   └── UnsupportedCheckpointError   an architecture, format or feature that is not implemented
     ├── BatchError                a batch job cannot start or go on: says what to do

@@ -106,7 +106,8 @@ class ScriptedEngine:
             max_num_tokens=1024,
             max_seq_len=max_seq_len,
             tokens_per_block=32,
-            num_kv_blocks=64,
+            # Any one request fits, so that max_seq_len is the limit that tests meet.
+            num_kv_blocks=max(64, -(-max_seq_len // 32)),
             kv_cache_bytes=1 << 20,
             weights_bytes=1 << 20,
             load_s=0.0,

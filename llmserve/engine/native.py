@@ -18,7 +18,7 @@ from llmserve.core.stats import EngineStats
 from llmserve.engine.admission import check_request
 from llmserve.engine.engine import EngineInfo
 from llmserve.engine.sizing import EngineLimits, kv_pool_bytes, num_kv_blocks
-from llmserve.runtime.memory import free_host_bytes
+from llmserve.runtime.host import free_host_bytes
 from llmserve.runtime.model_runner import ModelRunner
 
 

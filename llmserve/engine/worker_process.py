@@ -26,11 +26,11 @@ import zmq.asyncio
 
 from llmserve.config import EngineConfig
 from llmserve.core.stats import EngineStats
-from llmserve.engine.cores import available_cores
 from llmserve.engine.engine import EngineInfo
 from llmserve.engine.messages import Failed, FromWorker, Ready, Start, Stop, ToWorker
 from llmserve.engine.runner_spec import RunnerSpec
 from llmserve.errors import EngineDeadError
+from llmserve.runtime.host import available_cores
 
 # How long a process may take to end when it is asked to, in seconds: a step can't be interrupted.
 _STOP_S = 2.0

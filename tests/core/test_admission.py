@@ -9,7 +9,7 @@ from tests.core.factories import create_loop, create_request, create_requests, c
     [
         ({}, {"prompt": []}, "prompt", "empty"),
         ({}, {"prompt": [1, -1]}, "prompt", "-1"),
-        ({}, {"prompt": [2**32]}, "prompt", "4294967296"),
+        ({}, {"prompt": [2**32]}, "prompt", "4294967296 is not in the vocabulary"),
         ({}, {"prompt": [1], "priority": 1}, "priority", "priority is 1"),
     ],
 )
@@ -25,9 +25,9 @@ def test_refuses_malformed_requests(settings, request_settings, param, words):
     ("settings", "prompt_tokens", "max_tokens", "words"),
     [
         # (limits, what just does not fit, what the error must name)
-        ({"max_seq_len": 20}, 11, 10, "11 tokens and max_tokens is 10.*20"),
-        ({"max_seq_len": 20}, 20, None, "20 tokens.*20"),
-        ({"num_blocks": 4}, 9, 9, "9 tokens and max_tokens is 9.*16"),
+        ({"max_seq_len": 20}, 11, 10, "20 tokens, but 21 .* 11 in the prompt and 10 for"),
+        ({"max_seq_len": 20}, 20, None, "20 tokens, but 21 .* 20 in the prompt and 1 for"),
+        ({"num_blocks": 4}, 9, 9, "16 tokens, but 18 .* 9 in the prompt and 9 for"),
         ({"num_blocks": (8, 4)}, 9, 9, "16"),
         ({"max_num_tokens": 8, "enable_chunked_prefill": False}, 9, 1, "9 tokens.*8"),
     ],

@@ -102,7 +102,7 @@ async def test_64_clients_of_mixed_lengths_one_in_four_leaving(float32_server: S
     """The others get the text they get alone; blocks return to zero; memory does not grow."""
     server = float32_server
     draw = random.Random(0)
-    words = "seven twelve order Anna March Monday invoice ready fourteen".split()
+    words = ["seven", "twelve", "order", "Anna", "March", "invoice", "ready", "fourteen"]
     clients = [
         (
             f"{index}: " + " ".join(draw.choices(words, k=draw.choice((2, 20, 150)))),

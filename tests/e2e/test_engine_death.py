@@ -25,9 +25,11 @@ def stream_until_it_ends(server: Server, events: list[dict[str, object]]) -> Non
         "stream": True,
     }
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as response:
-        for line in response.iter_lines():
-            if line.startswith("data: {"):
-                events.append(json.loads(line.removeprefix("data: ")))
+        events.extend(
+            json.loads(line.removeprefix("data: "))
+            for line in response.iter_lines()
+            if line.startswith("data: {")
+        )
 
 
 def test_kill_9_of_the_engine_in_mid_stream(demo_engines: dict[str, Path], tmp_path: Path) -> None:

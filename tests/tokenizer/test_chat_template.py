@@ -132,6 +132,10 @@ REASONING = [
     {"role": "end", "content": "nor this"},
     {"role": "user", "content": "or this"},
 ]
+SINCE_5 = pytest.mark.skipif(
+    transformers.__version__.startswith("4."),
+    reason="transformers 4 passes messages on as they are",
+)
 
 
 def both(tmp_path, chat_template, **files):
@@ -148,8 +152,9 @@ CASES = [
     ("llama3", TOOL_CHAT, {"tools": TOOLS, "add_generation_prompt": True}),
     ("features", PLAIN, {"tools": TOOLS, "documents": DOCUMENTS, "custom": {"k": "v"}}),
     ("features", PLAIN, {"bos_token": "<other>"}),
-    ("features", REASONING, {}),
-    ("features", [{"role": "user", "content": None, "name": None}], {}),
+    # transformers drops null fields and renames reasoning keys only since version 5.
+    pytest.param("features", REASONING, {}, marks=SINCE_5),
+    pytest.param("features", [{"role": "user", "content": None, "name": None}], {}, marks=SINCE_5),
     ("chatml", PLAIN[:3], {"continue_final_message": True}),
     ("mistral", PLAIN[1:3], {"continue_final_message": True}),
     ("llama3", [{"role": "assistant", "content": " open \n"}], {"continue_final_message": True}),

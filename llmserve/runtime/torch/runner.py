@@ -22,7 +22,7 @@ from llmserve.core.step import (
     SchedulerOutput,
 )
 from llmserve.errors import ConfigError
-from llmserve.runtime.memory import default_host_kv_bytes
+from llmserve.runtime.host import default_host_kv_bytes
 from llmserve.runtime.model_runner import ModelInfo
 from llmserve.runtime.torch.input_batch import InputBatch, StepInputs
 from llmserve.runtime.torch.loading import load_decoder

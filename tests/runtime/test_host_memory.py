@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmserve.runtime.memory import MAX_DEFAULT_KV_BYTES, default_host_kv_bytes, free_host_bytes
+from llmserve.runtime.host import MAX_DEFAULT_KV_BYTES, default_host_kv_bytes, free_host_bytes
 
 GIB = 2**30
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmserve.engine.cores import available_cores
+from llmserve.runtime.host import available_cores
 
 
 @pytest.fixture(autouse=True)
