@@ -127,6 +127,9 @@ def test_a_bad_input_is_named_before_anything_runs(llm, opened):
     ]:
         with pytest.raises(InvalidRequestError, match=rf"^inputs\[1\]: .*{says}"):
             llm.generate(inputs)
+    for inputs in (5, None):
+        with pytest.raises(InvalidRequestError, match="text, token ids, or a list of either"):
+            llm.generate(inputs)
     with pytest.raises(ContextLengthError):
         llm.generate([7] * 300)
     assert opened.engine.requests == []

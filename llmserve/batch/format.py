@@ -18,6 +18,7 @@ is the API's business: a body it refuses is answered with a 400 in the error fil
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -236,6 +237,9 @@ def _check_file(
     for number, offset, raw in _numbered_lines(file):
         sha256.update(raw)
         content = raw.rstrip(b"\r\n")
+        if number == 1 and content.startswith(codecs.BOM_UTF8):  # editors on Windows write one
+            content = content.removeprefix(codecs.BOM_UTF8)
+            offset += len(codecs.BOM_UTF8)
         if not content.strip():
             continue
         try:

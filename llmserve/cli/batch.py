@@ -14,6 +14,7 @@ from llmserve.cli import COMMANDS, Subparsers
 from llmserve.cli.engine_options import add_engine_options, default_model_name, engine_config
 from llmserve.cli.progress import ProgressReport
 from llmserve.config import check_at_least
+from llmserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmserve.batch.job import BatchJob, BatchResult, OpenJob
@@ -90,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
     config = engine_config(args)
     directory = _locate(args.model)
     output: Path = args.output
+    if not output.name:
+        raise ConfigError(f"--output is {str(output)!r}; it must name a file")
     name = args.served_model_name or default_model_name(args.model)
     job = BatchJob(
         input_path=args.jobs,

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 from llmserve.errors import InvalidRequestError
 
+# Penalties beyond it, or a repetition penalty below one over it, could make infinity or NaN of a
+# logit in float32.
+_MAX_PENALTY = 1e6
+
 
 def _check(ok: bool, param: str, value: object, limit: str) -> None:
     if not ok:
@@ -36,9 +40,10 @@ class SamplingParams:
         min_p: Drop tokens with less than min_p times the likeliest one's probability.
         seed: 64-bit seed of this request's random numbers; None draws one at submission.
         repetition_penalty: Divides positive and multiplies negative logits of tokens already in
-            the prompt or the answer (Keskar et al. 2019, CTRL).
-        presence_penalty: Subtracted once from the logit of each token in the answer so far.
-        frequency_penalty: Subtracted from it once per occurrence in the answer.
+            the prompt or the answer (Keskar et al. 2019, CTRL); 1e-6 to 1e6.
+        presence_penalty: Subtracted once from the logit of each token in the answer so far;
+            -1e6 to 1e6.
+        frequency_penalty: Subtracted from it once per occurrence in the answer; -1e6 to 1e6.
         logprobs: None for none; k >= 0 for the sampled token's log-probability and the k likeliest.
             They are log-softmax in float32 of the model's logits, before penalties and temperature.
         n: How many answers; each is a request of its own to the engine.
@@ -76,7 +81,7 @@ class SamplingParams:
         stop = _as_tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        finite = math.isfinite
+        finite, most = math.isfinite, _MAX_PENALTY
         t, p, m = self.temperature, self.top_p, self.min_p
         _check(
             self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, ">= 1"
@@ -86,9 +91,10 @@ class SamplingParams:
         _check(p is None or 0 <= p <= 1, "top_p", p, "in [0, 1]")
         _check(m is None or 0 <= m <= 1, "min_p", m, "in [0, 1]")
         r = self.repetition_penalty
-        _check(finite(r) and r > 0, "repetition_penalty", r, "> 0")
+        _check(1 / most <= r <= most, "repetition_penalty", r, f"in [{1 / most:g}, {most:g}]")
         for name in ("presence_penalty", "frequency_penalty"):
-            _check(finite(getattr(self, name)), name, getattr(self, name), "finite")
+            value = getattr(self, name)
+            _check(-most <= value <= most, name, value, f"in [-{most:g}, {most:g}]")
         _check(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, ">= 0")
         _check(self.n >= 1, "n", self.n, ">= 1")
         _check(all(stop), "stop", list(stop), "without empty strings")

@@ -419,6 +419,10 @@ def _as_list(inputs: PromptInput | Sequence[PromptInput]) -> tuple[list[PromptIn
     """The inputs as a list of prompts, and whether there was one alone."""
     if isinstance(inputs, str):
         return [inputs], True
+    if not isinstance(inputs, Sequence):
+        raise InvalidRequestError(
+            f"inputs are text, token ids, or a list of either, not {type(inputs).__name__}"
+        )
     if inputs and isinstance(inputs[0], int):
         return [cast(Sequence[int], inputs)], True
     return list(cast(Sequence[PromptInput], inputs)), False

@@ -11,6 +11,7 @@ no number and ``true`` no integer. ``null`` always means "as if it were not ther
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Literal, TypeVar
@@ -20,6 +21,7 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     JsonValue,
     PlainValidator,
@@ -36,8 +38,12 @@ MAX_CHOICES = 2048
 """Most answers of one HTTP request, prompts times n."""
 MAX_STOPS = 64
 """Most stop strings, and most stop tokens, of a request."""
+MAX_STOP_CHARS = 1024
+"""Longest stop string: what each answer has to be searched for costs time and memory."""
 
 _INT32 = 2**31 - 1
+# How pydantic begins a sentence about a value.
+_SUBJECT = re.compile(r"^(?:Input|List|Dictionary|String|Value) should (be|have)")
 _PARAM_CHARS = 200  # of a field's path in an error; unknown fields have any length
 
 NOT_IMPLEMENTED: dict[str, tuple[JsonValue, ...]] = {
@@ -102,6 +108,7 @@ def _as_list(value: object) -> object:
 
 
 Text = Annotated[str, AfterValidator(_encodable)]
+_Stop = Annotated[str, Field(max_length=MAX_STOP_CHARS), AfterValidator(_encodable)]
 _TokenId = Annotated[int, Field(ge=0, le=_INT32)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 _JsonObject = Annotated[dict[str, JsonValue], AfterValidator(_plain_json)]
@@ -191,7 +198,7 @@ class GenerationRequest(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    stop: Annotated[list[Text], BeforeValidator(_as_list), Field(max_length=MAX_STOPS)] | None = (
+    stop: Annotated[list[_Stop], BeforeValidator(_as_list), Field(max_length=MAX_STOPS)] | None = (
         None
     )
     stop_token_ids: Annotated[list[_TokenId], Field(max_length=MAX_STOPS)] | None = None
@@ -203,7 +210,7 @@ class GenerationRequest(_Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     frequency_penalty: _Penalty | None = None
     presence_penalty: _Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -321,7 +328,7 @@ class ChatCompletionRequest(GenerationRequest):
         chat_template_kwargs: More variables for the template.
     """
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -387,7 +394,8 @@ def _first_fault(fault: ErrorDetails) -> InvalidRequestError:
         return InvalidRequestError(f"{name} is required", param=param, code="missing_field")
     if kind == "model_type" and not param:
         return InvalidRequestError("the body must be a JSON object", code="invalid_value")
-    message = message.removeprefix("Value error, ").replace("Input should be", "it must be")
+    message = _SUBJECT.sub(r"it must \1", message.removeprefix("Value error, "))
+    message = message.replace(" after validation", "")
     return InvalidRequestError(
         f"{name} is {_quote(fault['input'])}; {message}",
         param=param or None,

@@ -19,7 +19,7 @@ import msgspec
 from pydantic import JsonValue
 
 from llmserve.core.sampling_params import SamplingParams
-from llmserve.errors import InvalidRequestError, LlmserveError
+from llmserve.errors import ContextLengthError, InvalidRequestError, LlmserveError
 from llmserve.llm import AsyncLLM
 from llmserve.openai.errors import ModelNotFoundError, RouteNotFoundError, describe_error
 from llmserve.openai.generation import Generation
@@ -235,14 +235,28 @@ class OpenAIServing:
             logprobs=logprobs,
         )
 
+    def _check_length(self, request: GenerationRequest, text: str, param: str) -> None:
+        """Refuse a text far too long by its beginning. The engine counts those near the limit."""
+        if request.truncate_prompt_tokens is not None:
+            return
+        limit = self.llm.engine.info.max_seq_len
+        if (num_tokens := self.llm.tokenizer.num_tokens_at_least(text, limit)) > limit:
+            raise ContextLengthError(
+                f"This model's maximum context length is {limit} tokens, but the prompt has at "
+                f"least {num_tokens}, before any for the completion. Shorten the prompt.",
+                param=param,
+            )
+
     async def _encode_prompts(self, request: CompletionRequest) -> list[list[int]]:
+        def encode_prompt(prompt: str) -> list[int]:
+            self._check_length(request, prompt, "prompt")
+            return self.llm.tokenizer.encode(
+                prompt, add_special_tokens=request.add_special_tokens is not False
+            )
+
         def encode() -> list[list[int]]:
             return [
-                self.llm.tokenizer.encode(
-                    prompt, add_special_tokens=request.add_special_tokens is not False
-                )
-                if isinstance(prompt, str)
-                else prompt
+                encode_prompt(prompt) if isinstance(prompt, str) else prompt
                 for prompt in request.prompt
             ]
 
@@ -255,7 +269,7 @@ class OpenAIServing:
         add_generation_prompt = request.add_generation_prompt
 
         def encode() -> list[int]:
-            return self.llm.tokenizer.apply_chat_template(
+            text = self.llm.tokenizer.render_chat(
                 messages,
                 add_generation_prompt=(
                     not continues if add_generation_prompt is None else add_generation_prompt
@@ -263,6 +277,9 @@ class OpenAIServing:
                 continue_final_message=continues,
                 template_kwargs=request.chat_template_kwargs,
             )
+            self._check_length(request, text, "messages")
+            # The template has written all special tokens, BOS too.
+            return self.llm.tokenizer.encode(text, add_special_tokens=False)
 
         return await _run(encode, sum(len(message["content"]) + 64 for message in messages))
 

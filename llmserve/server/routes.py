@@ -22,6 +22,7 @@ from llmserve.server.sse import AnyChunkStream, stream_chunks
 from llmserve.server.state import ServingState
 
 _STATS_TIMEOUT_S = 1.0
+_READ = ["GET", "HEAD"]  # probes of load balancers ask with HEAD
 
 Endpoint: TypeAlias = Callable[
     [OpenAIServing, object, str], Coroutine[Any, Any, "msgspec.Struct | AnyChunkStream"]
@@ -51,24 +52,24 @@ def create_router(state: ServingState, settings: ServerSettings, metrics: Metric
     async def chat_completions(request: Request) -> Response:
         return await answer(request, OpenAIServing.create_chat_completion)
 
-    @router.get("/v1/models")
+    @router.api_route("/v1/models", methods=_READ)
     async def models() -> Response:
         return _json(state.require_serving().models())
 
-    @router.get("/v1/models/{name:path}")
+    @router.api_route("/v1/models/{name:path}", methods=_READ)
     async def model(name: str) -> Response:
         return _json(state.require_serving().model(name))
 
-    @router.get("/health")
+    @router.api_route("/health", methods=_READ)
     async def health() -> Response:
         await state.check_health()
         return Response(b'{"status":"ok"}', media_type="application/json")
 
-    @router.get("/version")
+    @router.api_route("/version", methods=_READ)
     async def show_version() -> Response:
         return Response(msgspec.json.encode({"version": _version()}), media_type="application/json")
 
-    @router.get("/metrics")
+    @router.api_route("/metrics", methods=_READ)
     async def show_metrics() -> Response:
         stats = await _stats(state)
         return Response(metrics.render(stats), headers={"Content-Type": metrics.content_type})

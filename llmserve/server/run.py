@@ -170,7 +170,9 @@ async def run_server(
 
 async def _drain(state: ServingState, timeout_s: float, signals: Signals) -> None:
     state.draining = True
-    logger.info("draining: running requests may take up to %g s; once more to leave now", timeout_s)
+    logger.info(
+        "draining: running requests may take up to %g s; a second signal ends them now", timeout_s
+    )
     try:
         async with asyncio.timeout(timeout_s):
             await _unless(signals.leave, state.wait_idle())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 
 class StopStringMatcher:
@@ -54,14 +55,7 @@ class _Pattern:
     def __init__(self, text: str) -> None:
         self.text = text
         self.state = 0
-        # fallback[i]: the longest proper prefix of text that also ends text[:i].
-        self._fallback = [0] * (len(text) + 1)
-        length = 0
-        for i in range(1, len(text)):
-            while length and text[i] != text[length]:
-                length = self._fallback[length]
-            length += text[i] == text[length]
-            self._fallback[i + 1] = length
+        self._fallback = _fallback(text)
 
     def advance(self, char: str) -> bool:
         """Take one character; whether the text now ends with the whole stop string."""
@@ -69,3 +63,16 @@ class _Pattern:
             self.state = self._fallback[self.state]
         self.state += self.text[self.state] == char
         return self.state == len(self.text)
+
+
+@lru_cache(maxsize=256)  # the n answers to a prompt have the same stop strings
+def _fallback(text: str) -> tuple[int, ...]:
+    """At i: the length of the longest proper prefix of ``text`` that also ends ``text[:i]``."""
+    fallback = [0] * (len(text) + 1)
+    length = 0
+    for i in range(1, len(text)):
+        while length and text[i] != text[length]:
+            length = fallback[length]
+        length += text[i] == text[length]
+        fallback[i + 1] = length
+    return tuple(fallback)

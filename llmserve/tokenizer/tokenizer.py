@@ -34,6 +34,10 @@ _SPECIAL_TOKEN_NAMES = (
     "cls_token",
     "mask_token",
 )
+# More than what the beginning of a text can have in tokens that the whole text has not: those of
+# the word that is cut where the beginning ends.
+_TOKENS_OF_CUT_WORD = 256
+_CHARS_PER_TOKEN = 8  # more than most texts have
 
 
 class Tokenizer:
@@ -155,6 +159,26 @@ class Tokenizer:
             raise InvalidRequestError(
                 "the text holds a lone surrogate, which is no Unicode character", param="prompt"
             ) from error
+
+    def num_tokens_at_least(self, text: str, enough: int) -> int:
+        """A number of tokens that a text has at least, told without encoding much more than
+        ``enough`` of them: encoding takes seconds and gigabytes for texts of megabytes.
+
+        Args:
+            text: Any text.
+            enough: Stop counting beyond this.
+
+        Returns:
+            More than ``enough`` for a text that certainly has more, else a lower bound, which is 0
+            for a text that is short enough to be encoded at once.
+        """
+        num_chars = _CHARS_PER_TOKEN * (enough + _TOKENS_OF_CUT_WORD)
+        at_least = 0
+        while at_least <= enough and num_chars < len(text):
+            num_tokens = len(self.encode(text[:num_chars], add_special_tokens=False))
+            at_least = max(num_tokens - _TOKENS_OF_CUT_WORD, 0)
+            num_chars *= 2
+        return at_least
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Turn token ids into text.

@@ -122,6 +122,9 @@ def test_errors_are_one_line_and_exit_code_1(
     assert "--served-model-name" in err
     assert program.run("--concurrency", "0") == 1
     assert "--concurrency is 0; it must be at least 1" in capsys.readouterr().err
+    for output in (".", "/"):
+        assert program.run("-o", output) == 1
+        assert f"--output is '{output}'; it must name a file" in capsys.readouterr().err
     assert program.configs == []
 
 

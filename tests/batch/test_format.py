@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ def test_crlf_and_a_last_line_without_end(tmp_path: Path) -> None:
     with open_jobs(tmp_path / "jobs.jsonl") as jobs:
         assert [line.custom_id for line in jobs.lines] == ["a", "b"]
         assert jobs.body(jobs.lines[1]) == chat_line("b")["body"]
+
+
+def test_a_byte_order_mark_before_the_first_line(tmp_path: Path) -> None:
+    lines = [json.dumps(chat_line(name)).encode() for name in "ab"]
+    (tmp_path / "jobs.jsonl").write_bytes(codecs.BOM_UTF8 + b"\n".join(lines))
+    with open_jobs(tmp_path / "jobs.jsonl") as jobs:
+        assert [jobs.body(line) for line in jobs.lines] == [chat_line(n)["body"] for n in "ab"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import pytest
 
@@ -74,12 +75,12 @@ def test_other_prompts_are_refused(prompt: object) -> None:
         ("min_p", [0, 1], [-0.1, 1.1]),
         ("frequency_penalty", [-2, 2], [-2.1, 2.1]),
         ("presence_penalty", [-2, 2], [-2.1, 2.1]),
-        ("repetition_penalty", [0.1, 3], [0, -1]),
+        ("repetition_penalty", [0.1, 3], [0, -1, 1e-40, 1e40]),
         ("n", [1, 128], [0, -1, 1.0, True, MAX_CHOICES + 1]),
         ("max_tokens", [1, 10**30], [0, -1, "5", 2.5]),
         ("logprobs", [0, 20], [-1, 21, True]),
         ("seed", [-(2**63), 2**63 - 1], [2**63, -(2**63) - 1, 0.5]),
-        ("stop", ["x", ["x", "y"], []], [7, ["x", 7], ["x"] * 65, "\ud800"]),
+        ("stop", ["x", ["x", "y"], []], [7, ["x", 7], ["x"] * 65, ["x" * 1025], "\ud800"]),
         ("stop_token_ids", [[1]], [1, [-1], [True], [2**31]]),
         ("stream", [True, False], ["true", 1]),
         ("truncate_prompt_tokens", [1], [0, -1]),
@@ -103,6 +104,32 @@ def test_an_error_says_value_and_limit() -> None:
     with pytest.raises(InvalidRequestError) as caught:
         completion(temperature=3.5)
     assert str(caught.value) == "temperature is 3.5; it must be less than or equal to 2"
+
+
+def test_an_error_about_a_length_says_it_in_the_same_words() -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(messages=[])
+    assert str(caught.value) == "messages is []; it must have at least 1 item, not 0"
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(metadata={"k": "x" * 513})
+    assert str(caught.value).endswith("; it must have at most 512 characters")
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(stop=["x" * 1025])
+    assert str(caught.value).endswith("; it must have at most 1024 characters")
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(stop=["x"] * 65)
+    assert str(caught.value).endswith("; it must have at most 64 items, not 65")
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(metadata={str(i): "" for i in range(17)})
+    assert str(caught.value).endswith("; it must have at most 16 items, not more")
+
+
+def test_of_many_faults_only_the_first_is_worked_out() -> None:
+    begin_s = time.process_time()
+    with pytest.raises(InvalidRequestError) as caught:
+        chat(messages=[*MESSAGES, *[{"role": "robot", "content": 1}] * 300_000])
+    assert caught.value.param == "messages[1].role"
+    assert time.process_time() - begin_s < 0.5  # all of them take some 2 s
 
 
 def test_long_values_are_cut_in_errors() -> None:

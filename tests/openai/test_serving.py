@@ -13,6 +13,7 @@ from llmserve.errors import ContextLengthError, EngineDeadError, EngineError, In
 from llmserve.openai.errors import ModelNotFoundError
 from llmserve.openai.observer import AnswerTimes
 from llmserve.openai.serving import ChunkStream, OpenAIServing
+from llmserve.tokenizer import Tokenizer
 from tests.engines import ScriptedEngine, fake_logprobs
 from tests.openai.models import MODEL, make_llm, says, tokenizer
 
@@ -64,6 +65,27 @@ async def test_completion() -> None:
     assert answer["object"] == "text_completion"
     assert answer["id"].startswith("cmpl-")
     assert answer["model"] == MODEL
+
+
+async def test_a_text_far_too_long_is_not_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = Tokenizer.encode
+    encoded_chars = 0
+
+    def counting(self: Tokenizer, text: str, **kwargs: Any) -> list[int]:
+        nonlocal encoded_chars
+        encoded_chars += len(text)
+        return encode(self, text, **kwargs)
+
+    monkeypatch.setattr(Tokenizer, "encode", counting)
+    text = "word " * 200_000
+    api = serving(ScriptedEngine(max_seq_len=256))
+    with pytest.raises(ContextLengthError, match="the prompt has at least") as caught:
+        await complete(api, prompt=text)
+    assert caught.value.param == "prompt"
+    with pytest.raises(ContextLengthError) as caught:
+        await chat(api, messages=[{"role": "user", "content": text}])
+    assert caught.value.param == "messages"
+    assert encoded_chars < 20_000
 
 
 async def test_chat() -> None:

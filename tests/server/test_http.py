@@ -139,6 +139,11 @@ async def test_requests_that_are_wrong(
     assert (await server.client.post("/v1/completions", json=COMPLETION)).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/version", "/v1/models"])
+async def test_what_can_be_read_answers_head(server: Server, path: str) -> None:
+    assert (await server.client.head(path)).status_code == 200
+
+
 async def test_unknown_model_route_and_method(server: Server) -> None:
     for path, body in (("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)):
         response = await server.client.post(path, json={**body, "model": "gpt"})

@@ -82,3 +82,10 @@ def test_a_long_stop_string_costs_no_more_than_a_short_one(stop):
     # Linear takes hundredths of a second here, quadratic takes minutes.
     assert time.perf_counter() - begun < 5
     assert "".join(pieces) + matcher.flush() == text
+
+
+def test_the_answers_to_one_prompt_share_the_work_on_their_stop_strings() -> None:
+    begin_s = time.process_time()
+    for _ in range(1000):
+        StopStringMatcher(["ab" * 20_000])
+    assert time.process_time() - begin_s < 1  # each by itself takes some 10 ms

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from random import Random
 
 import pytest
 import transformers
@@ -91,6 +92,24 @@ def test_half_a_surrogate_pair_is_refused(tmp_path):
     with pytest.raises(InvalidRequestError) as info:
         tokenizer.apply_chat_template([{"role": "user", "content": "\udfff"}])
     assert info.value.param == "messages"
+
+
+@pytest.mark.parametrize("enough", [0, 10, 700])
+def test_a_long_text_is_counted_by_its_beginning(tmp_path, enough):
+    tokenizer = Tokenizer.from_directory(write(tmp_path))
+    words = ["the quick ", "Grüße, 日本 😀\n", "x" * 5_000, " " * 3_000, "<|im_end|>"]
+    random = Random(enough)
+    for _ in range(20):
+        text = "".join(random.choices(words, k=random.randint(0, 40)))
+        at_least = tokenizer.num_tokens_at_least(text, enough)
+        num_tokens = len(tokenizer.encode(text))
+        assert at_least <= num_tokens
+        # Whatever goes on being uncertain is cheap to encode.
+        assert at_least > enough or len(text) <= 16 * (num_tokens + 512 + enough)
+    encoded = []
+    tokenizer.encode = lambda text, **_: encoded.append(len(text)) or [5] * (len(text) // 5)
+    assert tokenizer.num_tokens_at_least("word " * 1_000_000, enough) > enough
+    assert sum(encoded) < 40 * (enough + 256)
 
 
 def test_what_is_wrong_on_disk_is_named(tmp_path):
