@@ -128,7 +128,8 @@ class EngineConfig:
         threads: Threads of the compute process; None takes OMP_NUM_THREADS where that is set, and
             the cores of the cgroup otherwise.
         device: 'auto' takes CUDA where there is a GPU.
-        stall_timeout_s: Requests run and no step ends for so long: the engine counts as hung.
+        stall_timeout_s: Requests run and for so long no step ends, and on a CPU nothing is computed
+            either: the engine counts as hung.
     """
 
     max_batch_size: int | None = None

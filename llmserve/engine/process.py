@@ -26,7 +26,7 @@ from llmserve.core.request import FinishReason, Output, Request
 from llmserve.core.stats import EngineStats
 from llmserve.engine.admission import check_request
 from llmserve.engine.engine import Engine, EngineInfo, Health
-from llmserve.engine.messages import Abort, Failed, Progress, Ready, Refused, Submit
+from llmserve.engine.messages import Abort, Failed, Progress, Ready, Refused
 from llmserve.engine.runner_spec import RunnerSpec, TorchRunnerSpec
 from llmserve.engine.worker_process import WorkerProcess
 from llmserve.errors import (
@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_S = 0.25
 _LONGEST_BACKOFF_S = 30.0
+_COMPUTING_SHARE = 0.1  # of a core; what only waits takes next to nothing
 _HEALTHY_AFTER_S = 30.0  # an engine that lived this long starts the back-off afresh
 
 _Queue: TypeAlias = "asyncio.Queue[Output | LlmserveError]"
@@ -164,12 +165,12 @@ class ProcessEngine(Engine):
             raise EngineOverloadedError(
                 f"{queued} requests are waiting, the most that may; try again later"
             )
+        worker.submit(request)  # first, for it may still refuse
         if not self._queues:
             self._heard_something = True  # the silence so far was idleness
             self._none_open.clear()
         queue: _Queue = asyncio.Queue()
         self._queues[request.request_id] = queue
-        worker.send(Submit(request))
         leave = partial(self._leave, request.request_id, queue)
         return OutputStream(worker.loop, queue, leave)
 
@@ -267,7 +268,7 @@ class ProcessEngine(Engine):
             backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
             try:
                 return await WorkerProcess.start(self._runner, self._config), backoff_s
-            except (LlmserveError, OSError) as error:
+            except Exception as error:  # whatever it is, it may be gone next time
                 reason = f"the engine could not start again: {error}"
                 logger.error("%s; trying once more in %g s", reason, backoff_s)
                 if not self._closing:
@@ -293,7 +294,7 @@ class ProcessEngine(Engine):
         ends = [
             asyncio.create_task(self._receive(worker)),
             asyncio.create_task(self._wait_for_exit(worker)),
-            asyncio.create_task(self._watch()),
+            asyncio.create_task(self._watch(worker)),
         ]
         try:
             done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -326,17 +327,20 @@ class ProcessEngine(Engine):
     async def _wait_for_exit(self, worker: WorkerProcess) -> str:
         return f"the engine process {await worker.wait()}"
 
-    async def _watch(self) -> str:
+    async def _watch(self, worker: WorkerProcess) -> str:
         """Return once requests have been open for ``stall_timeout_s`` without a sign of progress.
 
-        Counts its own ticks, so that this process's being stopped or busy is not held against the
-        engine.
+        An engine on a CPU shows it by computing too: a step of many prompt tokens may take minutes.
+        (One that waits for a GPU may do so in a loop, so there it proves nothing.) Counts its own
+        ticks, so that this process's being stopped or busy is not held against the engine.
         """
         tick_s = min(1.0, self._config.stall_timeout_s / 4)
-        silent_s = 0.0
+        silent_s = cpu_s = 0.0
         while silent_s < self._config.stall_timeout_s:
             await asyncio.sleep(tick_s)
-            silent = bool(self._queues) and not self._heard_something
+            before_s, cpu_s = cpu_s, worker.cpu_s()
+            computes = worker.info.device == "cpu" and cpu_s - before_s >= tick_s * _COMPUTING_SHARE
+            silent = bool(self._queues) and not (self._heard_something or computes)
             silent_s = silent_s + tick_s if silent else 0.0
             self._heard_something = False
         return f"the engine made no progress for {self._config.stall_timeout_s:g} s and was killed"

@@ -57,6 +57,7 @@ class FakeRunnerSpec(msgspec.Struct, frozen=True, kw_only=True, tag="fake"):
         vocab_size: Generated ids are in [0, vocab_size).
         load_s: How long loading takes.
         step_s: How long each step takes.
+        step_computes: Whether it computes for that time; otherwise it sleeps.
         fail_at_step: The step that raises.
         errors: By request id, the sentence with which that request fails.
     """
@@ -65,6 +66,7 @@ class FakeRunnerSpec(msgspec.Struct, frozen=True, kw_only=True, tag="fake"):
     vocab_size: int = 256
     load_s: float = 0.0
     step_s: float = 0.0
+    step_computes: bool = False
     fail_at_step: int | None = None
     errors: dict[str, str] = {}
 
@@ -83,6 +85,7 @@ class FakeRunnerSpec(msgspec.Struct, frozen=True, kw_only=True, tag="fake"):
             tokens_per_block=limits.tokens_per_block,
             vocab_size=self.vocab_size,
             step_s=self.step_s,
+            step_computes=self.step_computes,
             fail_at_step=self.fail_at_step,
             errors=self.errors,
         )

@@ -36,7 +36,7 @@ from llmserve.engine.native import EngineCore
 from llmserve.errors import LlmserveError
 
 _STATS_INTERVAL_S = 0.1
-_PARENT_CHECK_MS = 1000
+_IDLE_MS = 1000
 _PR_SET_PDEATHSIG = 1
 
 
@@ -61,13 +61,12 @@ class ParentSocket:
         self._outbox.send(self._encoder.encode(message))
 
     def receive(self, *, wait: bool) -> ToWorker | None:
-        """The next message; None if there is none and the caller doesn't wait."""
-        # The kernel's parent-death signal comes first wherever there is one.
-        while not self._inbox.poll(_PARENT_CHECK_MS if wait else 0):
+        """The next message; None if there is none, in a second's time if the caller waits."""
+        if not self._inbox.poll(_IDLE_MS if wait else 0):
+            # The kernel's parent-death signal comes first wherever there is one.
             if os.getppid() != self._parent_pid:
                 sys.exit(1)
-            if not wait:
-                return None
+            return None
         message: ToWorker = self._decoder.decode(self._inbox.recv())
         return message
 
@@ -85,6 +84,7 @@ class Worker:
         self._core = core
         self._parent = parent
         self._stats_sent_s = 0.0
+        self._books_checked = False  # since a request last ran
 
     def run(self) -> None:
         """Serve until the parent says stop. What a step raises comes out of here."""
@@ -94,8 +94,11 @@ class Worker:
     def _take_messages(self) -> bool:
         """Take all that the parent has sent; wait for some while there is nothing to compute."""
         while True:
-            message = self._parent.receive(wait=not self._core.has_unfinished_requests())
+            idle = not self._core.has_unfinished_requests()
+            message = self._parent.receive(wait=idle)
             match message:
+                case None if idle:
+                    self._check_books()
                 case None:
                     return True
                 case Stop():
@@ -113,8 +116,7 @@ class Worker:
 
     def _report(self, outputs: list[Output]) -> None:
         idle = not self._core.has_unfinished_requests()
-        if idle:
-            self._core.check_integrity()
+        self._books_checked = False
         now_s = time.monotonic()
         stats = None
         if idle or now_s - self._stats_sent_s >= _STATS_INTERVAL_S:
@@ -122,6 +124,12 @@ class Worker:
             self._stats_sent_s = now_s
         if outputs or stats is not None:
             self._parent.send(Progress(outputs, stats))
+
+    def _check_books(self) -> None:
+        # It looks at every block, which takes longer than a short answer: nobody is to wait for it.
+        if not self._books_checked:
+            self._core.check_integrity()
+            self._books_checked = True
 
 
 def main(parent_pid: int, requests: str, outputs: str) -> int:
@@ -140,7 +148,8 @@ def main(parent_pid: int, requests: str, outputs: str) -> int:
     _die_with_parent()
     parent = ParentSocket(parent_pid, requests, outputs)
     try:
-        start = parent.receive(wait=True)
+        while (start := parent.receive(wait=True)) is None:
+            pass
         assert isinstance(start, Start)
         runner, limits = start.runner.load(start.config)
         core = EngineCore(runner, limits, start.config)

@@ -19,17 +19,19 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import zmq
 import zmq.asyncio
 
 from llmserve.config import EngineConfig
+from llmserve.core.request import Request
 from llmserve.core.stats import EngineStats
 from llmserve.engine.engine import EngineInfo
-from llmserve.engine.messages import Failed, FromWorker, Ready, Start, Stop, ToWorker
+from llmserve.engine.messages import Failed, FromWorker, Ready, Start, Stop, Submit, ToWorker
 from llmserve.engine.runner_spec import RunnerSpec
-from llmserve.errors import EngineDeadError
+from llmserve.errors import EngineDeadError, EngineError, InvalidRequestError
 from llmserve.runtime.host import available_cores
 
 # How long a process may take to end when it is asked to, in seconds: a step can't be interrupted.
@@ -52,10 +54,14 @@ class WorkerProcess:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self._directory = tempfile.mkdtemp(prefix="llmserve-")
+        self._directory: str | None = None
         self._context = zmq.Context()
-        self._outbox = self._context.socket(zmq.PUSH)
-        self._inbox = zmq.asyncio.Socket(self._context, zmq.PULL)
+        try:
+            self._outbox = self._context.socket(zmq.PUSH)
+            self._inbox = zmq.asyncio.Socket(self._context, zmq.PULL)
+        except zmq.ZMQError:  # out of files, say
+            self._context.destroy(linger=0)
+            raise
         for socket in (self._outbox, self._inbox):
             socket.set(zmq.LINGER, 0)
             # What is under way is bounded by the scheduler's queue, not by the socket's.
@@ -63,6 +69,7 @@ class WorkerProcess:
         self._outbox.set(zmq.RECONNECT_IVL, 10)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(FromWorker)
+        self._submit_decoder = msgspec.msgpack.Decoder(Submit)
         self._process: asyncio.subprocess.Process | None = None
 
     @classmethod
@@ -90,10 +97,16 @@ class WorkerProcess:
         return worker
 
     async def _spawn(self, threads: int | None) -> None:
+        self._directory = tempfile.mkdtemp(prefix="llmserve-")
         requests = f"ipc://{self._directory}/requests"
         outputs = f"ipc://{self._directory}/outputs"
-        self._inbox.bind(outputs)
-        self._outbox.connect(requests)
+        try:
+            self._inbox.bind(outputs)
+            self._outbox.connect(requests)
+        except zmq.ZMQError as error:
+            raise EngineError(
+                f"no socket can be made in {self._directory} ({error}); TMPDIR says where they go"
+            ) from error
         self._process = await asyncio.create_subprocess_exec(
             # -P: the current directory is nowhere to import from, unless it is for the parent.
             *(sys.executable, "-P", "-m", "llmserve.engine.worker"),
@@ -120,8 +133,25 @@ class WorkerProcess:
             raise message.error.to_exception()
         assert isinstance(message, Ready)
         # Both ends are connected, and connections outlive the names.
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._remove_directory()
         return message
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; never blocks.
+
+        Raises:
+            InvalidRequestError: Something in it is of a wrong type or size. The process, which ends
+                at a message that it cannot read, never sees it.
+        """
+        try:
+            message = self._encoder.encode(Submit(request))
+            self._submit_decoder.decode(message)
+        except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
+            raise InvalidRequestError(
+                f"the request has a value of a wrong type or size: {error}"
+            ) from error
+        if not self._outbox.closed:
+            self._outbox.send(message, zmq.NOBLOCK)
 
     def send(self, message: ToWorker) -> None:
         """Queue a message; never blocks. One to a process that has died is lost."""
@@ -132,6 +162,16 @@ class WorkerProcess:
         """The next message. Waits for ever if the process has died."""
         message: FromWorker = self._decoder.decode(await self._inbox.recv())
         return message
+
+    def cpu_s(self) -> float:
+        """CPU time that the process has taken so far, in seconds; 0 where nothing tells it."""
+        assert self._process is not None
+        try:
+            stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+        except OSError:
+            return 0.0
+        fields = stat.rpartition(")")[2].split()  # the name before them may hold anything
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system
 
     async def wait(self) -> str:
         """Wait for the process's end and say how it came, as in 'was killed by SIGKILL'."""
@@ -162,6 +202,10 @@ class WorkerProcess:
             self._inbox.close()
             self._outbox.close()
             self._context.term()
+            self._remove_directory()
+
+    def _remove_directory(self) -> None:
+        if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
 
 
@@ -173,7 +217,10 @@ def _threads(asked: int | None) -> int:
 
 def _environment(threads: int | None) -> dict[str, str]:
     """The child's: it imports what its parent would, and OpenMP reads its threads at import."""
-    return dict(
+    # A thread that spins at a barrier keeps its core from the thread it waits for, and from the
+    # parent: beside one busy process, libgomp's 300,000 turns made steps ten times slower. This few
+    # bridge the gap between two operations of a step and cost nothing (docs/log.md).
+    return {"GOMP_SPINCOUNT": "2000"} | dict(
         os.environ,
         PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path),
         OMP_NUM_THREADS=str(threads),

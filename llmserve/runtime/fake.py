@@ -74,6 +74,7 @@ class FakeRunner:
         num_groups: KV groups; each has its own cache and block tables.
         vocab_size: Generated ids are in [0, vocab_size).
         step_s: Seconds that each step takes.
+        step_computes: Whether it computes for that time; otherwise it sleeps.
         fail_at_step: The step (counted from 0, empty ones too) at which ``finish`` raises.
         errors: By request id, a sentence with which that request fails when it would sample.
     """
@@ -88,6 +89,7 @@ class FakeRunner:
         num_groups: int = 1,
         vocab_size: int = 256,
         step_s: float = 0.0,
+        step_computes: bool = False,
         fail_at_step: int | None = None,
         errors: Mapping[str, str] | None = None,
     ) -> None:
@@ -95,6 +97,7 @@ class FakeRunner:
         self.max_num_tokens = max_num_tokens
         self.tokens_per_block = tokens_per_block
         self.step_s = step_s
+        self.step_computes = step_computes
         self.fail_at_step = fail_at_step
         self.errors = dict(errors or {})
         self.num_steps = 0
@@ -151,7 +154,10 @@ class FakeRunner:
         assert handle is self._under_way, "finish of a step that is not under way"
         self._under_way = None
         step, self.num_steps = self.num_steps, self.num_steps + 1
-        if self.step_s:
+        end_s = time.monotonic() + self.step_s
+        while self.step_computes and time.monotonic() < end_s:
+            pass
+        if not self.step_computes and self.step_s:
             time.sleep(self.step_s)
         if step == self.fail_at_step:
             raise RuntimeError(f"the fake runner fails at step {step}, as it was asked to")

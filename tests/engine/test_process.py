@@ -7,13 +7,17 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
 from llmserve.config import EngineConfig
 from llmserve.core.request import FinishReason
+from llmserve.core.sampling_params import SamplingParams
 from llmserve.engine import process
 from llmserve.engine.process import ProcessEngine
 from llmserve.errors import (
@@ -103,6 +107,33 @@ async def test_leaving_a_stream_frees_its_blocks(start_engine: StartEngine) -> N
     await until(lambda: all_blocks_free(engine), 5.0)
     assert (await engine.stats()).finished == {"abort": 4, "length": 1}
     assert engine._queues == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"top_k": 2.5}, "top_k"),
+        ({"top_k": 2**64}, "serialize ints"),
+        ({"seed": np.int64(1)}, "numpy.int64"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+        ({"stop": "\ud800"}, "surrogates"),
+    ],
+    ids=str,
+)
+async def test_what_the_process_could_not_read_is_refused(
+    start_engine: StartEngine, settings: dict[str, Any], words: str
+) -> None:
+    engine = await start_engine(step_s=0.005)
+    pid = engine.info.pid
+    stays = asyncio.create_task(generate(engine, make_request(1, max_tokens=30)))
+    await asyncio.sleep(0.02)
+    params = SamplingParams(**{"seed": 0, "max_tokens": 3, **settings})
+    with pytest.raises(InvalidRequestError, match=words):
+        engine.submit(replace(make_request(0), sampling_params=params))
+    assert list(engine._queues) == ["request-1"]
+    await stays
+    assert engine.info.pid == pid
+    await generate(engine, make_request(0))  # the id is not in use
 
 
 async def test_abort_by_id(start_engine: StartEngine) -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import zmq
+import zmq.asyncio
 
 from llmserve.config import EngineConfig
 from llmserve.engine.process import OutputStream, ProcessEngine
 from llmserve.engine.runner_spec import TorchRunnerSpec
-from llmserve.errors import EngineDeadError
+from llmserve.errors import EngineDeadError, EngineError
 from tests.engine.conftest import StartEngine
 from tests.engine.factories import drain, generate, make_engine, make_request, until
 
@@ -104,6 +109,15 @@ async def test_slow_is_not_hung(start_engine: StartEngine) -> None:
     assert engine.info.pid == pid
 
 
+async def test_a_long_step_that_computes_is_not_hung(start_engine: StartEngine) -> None:
+    # A full step of prompts through a large model takes minutes on a CPU.
+    config = EngineConfig(stall_timeout_s=0.4)
+    engine = await start_engine(config, step_s=1.5, step_computes=True)
+    pid = engine.info.pid
+    await generate(engine, make_request(0, max_tokens=1))
+    assert engine.info.pid == pid
+
+
 async def test_a_busy_parent_blames_itself(start_engine: StartEngine) -> None:
     engine = await start_engine(EngineConfig(stall_timeout_s=0.8), step_s=0.02)
     pid = engine.info.pid
@@ -144,6 +158,38 @@ async def test_a_restart_that_fails_is_tried_again(
     engine._runner = spec
     assert await until(lambda: is_ok(engine)) > 0.3  # the second pause is longer than the first
     await generate(engine, make_request(0))
+
+
+async def test_no_error_of_a_restart_is_the_last(
+    start_engine: StartEngine, sockets_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await start_engine()
+    make_socket, tries = zmq.asyncio.Socket, 0
+
+    def out_of_files(*args: Any) -> zmq.asyncio.Socket:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise zmq.ZMQError(errno.EMFILE)
+        return make_socket(*args)
+
+    monkeypatch.setattr(zmq.asyncio, "Socket", out_of_files)
+    os.kill(engine.info.pid, signal.SIGKILL)
+    await until(lambda: _has_reason(engine, "could not start again: Too many open files"))
+    assert os.listdir(sockets_root) == []
+    await until(lambda: is_ok(engine))
+    await generate(engine, make_request(0))
+
+
+async def test_a_temporary_directory_that_is_too_deep(
+    no_leaks: None, sockets_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = sockets_root / ("x" * 110)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with pytest.raises(EngineError, match="TMPDIR"):
+        await make_engine().start()
+    deep.rmdir()  # nothing was left in it
 
 
 async def test_killed_while_loading(no_leaks: None) -> None:

@@ -170,8 +170,10 @@ def test_greedy(settings: dict[str, Any], device: str) -> None:
 
 
 def test_tiny_temperature_and_tiny_top_p_are_greedy() -> None:
-    logits = _logits(2)
-    rows = [_row(temperature=1e-60), _row(top_p=1e-9)]
+    logits = _logits(4)
+    # 1e-300 is 0 in float32, and no token would be left of the rows that have it.
+    rows = [_row(temperature=1e-60), _row(top_p=1e-9), _row(top_p=1e-300)]
+    rows.append(_row(top_p=1e-300, top_k=3, temperature=2.0))
     assert torch.equal(_sample(logits, rows).token_ids, logits.argmax(-1))
 
 
@@ -243,12 +245,13 @@ def test_a_broken_row_is_told_from_the_others(poison: float, device: str) -> Non
         assert sampled.token_ids[row] == intact.token_ids[row]
 
 
-def test_minus_infinity_only_bans_a_token() -> None:
+@pytest.mark.parametrize("temperature", [1e-300, 1.0, 1e300])
+def test_minus_infinity_only_bans_a_token(temperature: float) -> None:
     logits = _logits(1)
     logits[0, 3] = float("-inf")
-    sampled = _sample(logits, [_row(temperature=1.0)])
+    sampled = _sample(logits, [_row(temperature=temperature)])
     assert bool(sampled.valid.all())
-    assert sampler._filtered(logits, [SamplingParams(temperature=1.0)])[0, 3] == 0
+    assert sampler._filtered(logits, [SamplingParams(temperature=temperature)])[0, 3] == 0
 
 
 def test_an_unresolved_seed_is_refused() -> None:

@@ -25,6 +25,7 @@ from llmserve.runtime.torch.kernels.philox import uniform
 # top_p is first tried on so many of the likeliest tokens: sorting a whole vocabulary takes longer
 # than all else here.
 _LIKELIEST = 1024
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +109,8 @@ def _filtered(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.T
     """Probabilities (rows, vocab), not normalised, 0 where min_p, top_k or top_p exclude."""
     device, vocab = scores.device, scores.shape[1]
     temperature = _values([1.0 if p.temperature is None else p.temperature for p in params], device)
-    temperature.clamp_(min=torch.finfo(torch.float32).tiny)  # what rounds to 0 would divide by 0
+    # What rounds to 0 or to infinity would make NaN of the likeliest token or of a banned one.
+    temperature.clamp_(_FLOAT32.tiny, _FLOAT32.max)
     # The likeliest token becomes 1, so nothing overflows however small the temperature is.
     weights = (scores - scores.amax(dim=-1, keepdim=True)).div_(temperature).exp_()
     if any(p.min_p for p in params):
@@ -117,7 +119,11 @@ def _filtered(scores: torch.Tensor, params: Sequence[SamplingParams]) -> torch.T
     top_p = [1.0 if p.top_p is None else p.top_p for p in params]
     if min(top_k) == vocab and min(top_p) == 1.0:
         return weights
-    limits = torch.tensor(top_k, device=device)[:, None], _values(top_p, device)
+    # However small top_p is, the likeliest token stays.
+    limits = (
+        torch.tensor(top_k, device=device)[:, None],
+        _values(top_p, device).clamp_(_FLOAT32.tiny),
+    )
     width = min(vocab, max(_LIKELIEST, *(k for k in top_k if k < vocab), 0))
     kept, complete = _keep_likeliest(weights, *limits, width)
     if width < vocab and not bool(complete.all()):
