@@ -218,8 +218,8 @@ def _threads(asked: int | None) -> int:
 def _environment(threads: int | None) -> dict[str, str]:
     """The child's: it imports what its parent would, and OpenMP reads its threads at import."""
     # A thread that spins at a barrier keeps its core from the thread it waits for, and from the
-    # parent: beside one busy process, libgomp's 300,000 turns made steps ten times slower. This few
-    # bridge the gap between two operations of a step and cost nothing (docs/log.md).
+    # parent: beside one busy process, libgomp's 300,000 turns made steps ten times slower. These
+    # few bridge the gap between most operations of a step (docs/log.md).
     return {"GOMP_SPINCOUNT": "2000"} | dict(
         os.environ,
         PYTHONPATH=os.pathsep.join(path or os.getcwd() for path in sys.path),
