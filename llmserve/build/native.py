@@ -14,12 +14,7 @@ import torch
 
 from llmserve.checkpoint.companions import companions_bytes, copy_companions
 from llmserve.checkpoint.config import PretrainedConfig
-from llmserve.checkpoint.config_file import (
-    CONFIG_FILE,
-    KIND_NAMES,
-    artifact_kind,
-    read_json_object,
-)
+from llmserve.checkpoint.config_file import CONFIG_FILE, check_kind, read_json_object
 from llmserve.checkpoint.decoder_tensors import LM_HEAD, quantized_linear
 from llmserve.checkpoint.engine_dir import RANK_FILE, write_engine_config
 from llmserve.checkpoint.progress import Report, no_report
@@ -62,13 +57,9 @@ def build(
         CheckpointError: The checkpoint cannot be read, is not whole or not supported, or the
             engine cannot be written. Nothing is left at ``engine_dir``.
     """
-    checkpoint_dir, engine_dir = Path(checkpoint_dir), Path(engine_dir)
+    checkpoint_dir, engine_dir = Path(checkpoint_dir).expanduser(), Path(engine_dir).expanduser()
     check_free(engine_dir)
-    if (kind := artifact_kind(checkpoint_dir)) != "checkpoint":
-        advice = "; run `llmserve convert` first" if kind == "huggingface" else ""
-        raise CheckpointError(
-            f"{checkpoint_dir} is no TensorRT-LLM checkpoint but {KIND_NAMES[kind]}{advice}"
-        )
+    check_kind(checkpoint_dir, "checkpoint")
     config = PretrainedConfig.from_dict(read_json_object(checkpoint_dir / CONFIG_FILE))
     limits = resolve_build_config(build_config or BuildConfig(), config)
     with RankReader(checkpoint_dir / RANK_FILE) as reader:

@@ -28,12 +28,14 @@ DEFAULT_EXCLUDE_MODULES = (
 # FP8 rowwise turns whole attention, MLP and norm modules into FP8 ones; the last norm must not be.
 FP8_ROWWISE_EXCLUDE_MODULES = ("*ln_f", "*ln_embed", "*lm_head")
 
-# Keys that other writers add and that say nothing about the arithmetic.
+# Keys that other writers add and that say nothing about the arithmetic. TensorRT-LLM copies
+# tie_word_embeddings from its source and never reads it: tied is what has no lm_head.
 _DESCRIPTIVE_KEYS = frozenset(
     {"producer", "runtime_defaults", "disable_weight_only_quant_plugin", "bos_token_id"}
-    | {"eos_token_id", "pad_token_id"}
+    | {"eos_token_id", "pad_token_id", "decoder", "tie_word_embeddings"}
 )
-# Keys of features that are not implemented, with the values under which they do nothing.
+# Keys of features that are not implemented, with the values under which they do nothing: those of
+# TensorRT-LLM's Llama, which writes them all, and of modelopt's own description of a decoder.
 _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "residual_mlp": (False,),
     "remove_duplicated_kv_heads": (False,),
@@ -42,9 +44,16 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "use_last_layernorm": (True,),
     "layer_idx_offset": (0,),
     "embedding_multiplier": (None, 1, 1.0),
+    "attention_multiplier": (None, 1, 1.0),
+    "residual_multiplier": (None, 1, 1.0),
+    "output_multiplier_scale": (None, 1, 1.0),
     "has_partial_lora_mask": (False,),
     "use_prompt_tuning": (False,),
     "rotary_pct": (1, 1.0),
+    "rank": (0,),
+    "rmsnorm": (True,),
+    "bias": (False,),
+    "lm_head_bias": (False,),
 }
 
 
@@ -201,6 +210,7 @@ class PretrainedConfig:
         """
         data = dict(data)
         _drop_neutral_keys(data)
+        rotary_embedding_dim = data.pop("rotary_embedding_dim", None)
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(data) - known):
             raise UnsupportedCheckpointError(
@@ -216,11 +226,20 @@ class PretrainedConfig:
         data.setdefault("hidden_act", "gelu")
         data.setdefault("position_embedding_type", "learned_absolute")
         values = _typed(cls, data, "")
+        if values["num_attention_heads"] <= 0:
+            raise CheckpointError(
+                f"num_attention_heads is {values['num_attention_heads']}; it must be positive"
+            )
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
         values.setdefault("intermediate_size", 4 * values["hidden_size"])
         values.setdefault("head_size", values["hidden_size"] // values["num_attention_heads"])
         config = cls(quantization=quantization, mapping=mapping, **values)
         config._check()
+        if rotary_embedding_dim not in (None, config.head_size):
+            raise UnsupportedCheckpointError(
+                f"rotary_embedding_dim {rotary_embedding_dim!r} is not implemented; it must be "
+                f"head_size, {config.head_size}"
+            )
         return config
 
     def _check(self) -> None:
@@ -242,6 +261,10 @@ class PretrainedConfig:
         for name in _POSITIVE_KEYS:
             if getattr(self, name) <= 0:
                 raise CheckpointError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.num_hidden_layers > _MAX_LAYERS:
+            raise CheckpointError(
+                f"num_hidden_layers is {self.num_hidden_layers}; it must be at most {_MAX_LAYERS}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise CheckpointError(
                 f"num_attention_heads is {self.num_attention_heads}; it must be a multiple of "
@@ -267,6 +290,8 @@ _UNIMPLEMENTED_QUANTIZATION: dict[str, Any] = {
     "has_zero_point": False,
     "pre_quant_scale": False,
 }
+# Every layer's tensors are listed by name: a damaged number must not fill the memory with names.
+_MAX_LAYERS = 10_000
 # By a field's annotation: the kinds of JSON value it takes, and the word for them.
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
@@ -312,11 +337,7 @@ def _drop_neutral_keys(data: dict[str, Any]) -> None:
     """Take out keys that say nothing here; refuse those that ask for what is not implemented."""
     for key in _DESCRIPTIVE_KEYS:
         data.pop(key, None)
-    head_size = data.get("head_size") or (
-        data.get("hidden_size", 0) // (data.get("num_attention_heads") or 1)
-    )
-    neutral = {**_NEUTRAL_VALUES, "rotary_embedding_dim": (None, head_size)}
-    for key, values in neutral.items():
+    for key, values in _NEUTRAL_VALUES.items():
         if key in data and (value := data.pop(key)) not in values:
             raise UnsupportedCheckpointError(f"{key} {value!r} is not implemented")
     moe = data.pop("moe", None)

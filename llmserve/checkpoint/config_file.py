@@ -30,14 +30,19 @@ def read_json_object(path: Path) -> dict[str, Any]:
         CheckpointError: It cannot be read, or is no JSON object.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(f"there is no file {path}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds no JSON object")
     return data
+
+
+def _no_constant(name: str) -> float:
+    # Python reads these and JSON has none: no setting of a model can be one.
+    raise ValueError(f"{name} is no number")
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
@@ -77,3 +82,17 @@ def artifact_kind(directory: Path) -> ArtifactKind:
         f"{directory / CONFIG_FILE} has neither model_type (Hugging Face) nor architecture "
         "(TensorRT-LLM checkpoint) nor pretrained_config (engine)"
     )
+
+
+def check_kind(directory: Path, wanted: ArtifactKind) -> None:
+    """Check that a directory is what a command takes.
+
+    Raises:
+        CheckpointNotFoundError: No directory, or no config.json in it.
+        CheckpointError: It is another artefact, or none.
+    """
+    if (kind := artifact_kind(directory)) != wanted:
+        needs_convert = (kind, wanted) == ("huggingface", "checkpoint")
+        advice = "; run `llmserve convert` first" if needs_convert else ""
+        name = KIND_NAMES[wanted].removeprefix("a ")
+        raise CheckpointError(f"{directory} is no {name} but {KIND_NAMES[kind]}{advice}")

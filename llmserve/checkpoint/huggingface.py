@@ -131,7 +131,7 @@ def _no_weights(path: Path) -> CheckpointError:
     if pickles:
         return UnsupportedCheckpointError(
             f"{path} holds pickles ({pickles[0]}), which can run any code when loaded; save the "
-            "model again with transformers' save_pretrained(safe_serialization=True)"
+            "model again with transformers' save_pretrained, which writes safetensors"
         )
     if partial := sorted(path.glob("model-*-of-*.safetensors")):
         return CheckpointNotFoundError(

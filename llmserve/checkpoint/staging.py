@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from llmserve.errors import CheckpointError
@@ -34,37 +34,55 @@ def staged_directory(target: Path, *, required_bytes: int = 0) -> Iterator[Path]
         CheckpointError: ``target`` exists, or the file system refuses (full, read-only, ...).
     """
     check_free(target)
+    place = _place(target)
+    missing_parents = [parent for parent in place.parents if not parent.exists()]
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(target)
-        _check_disk(target.parent, required_bytes)
-        staging, lock = _create(target)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(place)
+        staging, lock = _create(place)
     except OSError as error:
         raise _refused(target, error) from error
     try:
+        _check_disk(place.parent, required_bytes)
         yield staging
         _sync(staging)
-        staging.rename(target)
-        _sync(target.parent)
+        staging.rename(place)
+        _sync(place.parent)
     except OSError as error:
         raise _refused(target, error) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         os.close(lock)
+        with suppress(OSError):  # one that is not empty stays, and those above it
+            for parent in missing_parents:
+                parent.rmdir()
 
 
 def check_free(target: Path) -> None:
-    """Check that nothing is lost when a directory is put at ``target``.
+    """Check that a directory can be put at ``target``, and nothing is lost by it.
 
     Raises:
-        CheckpointError: There is a file, or a directory that is not empty.
+        CheckpointError: There is a file, or a directory that is not empty or cannot be replaced.
     """
+    place = _place(target)
     try:
-        occupied = any(target.iterdir()) if target.is_dir() else os.path.lexists(target)
+        occupied = any(place.iterdir()) if place.is_dir() else os.path.lexists(place)
+        # The one could not be renamed onto, the other would leave a shell in a removed directory.
+        fixed = place.is_mount() or place == Path.cwd()
     except OSError as error:
         raise _refused(target, error) from error
     if occupied:
         raise CheckpointError(f"{target} exists already; remove it or choose another output")
+    if fixed:
+        raise CheckpointError(
+            f"{target} is a mount point or the current directory and cannot be replaced; name a "
+            "directory in it"
+        )
+
+
+def _place(target: Path) -> Path:
+    """Where ``target`` is with links and '..' followed: what is renamed onto must be no link."""
+    return Path(os.path.realpath(target))
 
 
 def remove_stale(target: Path) -> None:
@@ -101,7 +119,7 @@ def _check_disk(directory: Path, required_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if required_bytes > free:
         raise CheckpointError(
-            f"{directory} has {free / 2**30:.2f} GiB free and {required_bytes / 2**30:.2f} GiB are "
+            f"{directory} has {free / 2**20:.1f} MiB free and {required_bytes / 2**20:.1f} MiB are "
             "needed; free some space or choose an output on another disk"
         )
 

@@ -43,7 +43,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build, and print where the result is."""
-    from llmserve.build.native import build
+    from llmserve.checkpoint.config_file import check_kind
+    from llmserve.checkpoint.staging import check_free
 
     limits = BuildConfig(
         max_batch_size=args.max_batch_size,
@@ -51,6 +52,11 @@ def run(args: argparse.Namespace) -> int:
         max_seq_len=args.max_seq_len,
         tokens_per_block=args.tokens_per_block,
     )
+    # Looked at before torch is imported, so that a wrong path is answered at once.
+    check_free(args.output.expanduser())
+    check_kind(args.checkpoint.expanduser(), "checkpoint")
+    from llmserve.build.native import build
+
     with ProgressReport() as report:
         out = build(args.checkpoint, args.output, limits, report=report)
     print(f"built the engine {out}; next: llmserve serve {out}")

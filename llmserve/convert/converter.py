@@ -21,7 +21,7 @@ from llmserve.checkpoint.config import (
     PretrainedConfig,
     QuantConfig,
 )
-from llmserve.checkpoint.config_file import CONFIG_FILE, KIND_NAMES, artifact_kind, write_json
+from llmserve.checkpoint.config_file import CONFIG_FILE, check_kind, write_json
 from llmserve.checkpoint.decoder_tensors import (
     EMBEDDING,
     LM_HEAD,
@@ -78,11 +78,10 @@ def convert(
     """
     check_choice("quant", quant, tuple(QUANT_ALGOS))
     check_choice("dtype", dtype, ("auto", *DTYPES))
-    out_dir = Path(out_dir)
+    out_dir = Path(out_dir).expanduser()
     check_free(out_dir)
     path = locate(str(source))
-    if (kind := artifact_kind(path)) != "huggingface":
-        raise CheckpointError(f"{path} is no Hugging Face checkpoint but {KIND_NAMES[kind]}")
+    check_kind(path, "huggingface")
     with HuggingFaceCheckpoint(path) as checkpoint:
         rules = family(checkpoint.config)
         quantization = _quant_config(QUANT_ALGOS[quant])
@@ -221,9 +220,10 @@ def _load(checkpoint: HuggingFaceCheckpoint, name: str, dtype: torch.dtype) -> t
     # Extremes tell as much as isfinite() would, without a tensor of flags: NaN is both of them.
     if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
         if all(torch.isfinite(extreme) for extreme in torch.aminmax(source)):
+            wider = "bfloat16" if dtype == torch.float16 else "float32"
             raise CheckpointError(
                 f"{name} in {checkpoint.file_of(name)} has values beyond {dtype_name(dtype)}'s "
-                "largest; convert with dtype bfloat16"
+                f"largest; convert with dtype {wider}"
             )
         raise CheckpointError(f"{name} in {checkpoint.file_of(name)} holds NaN or infinity")
     return tensor

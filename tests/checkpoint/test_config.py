@@ -57,6 +57,24 @@ def test_what_other_writers_add_and_means_nothing_passes() -> None:
     assert PretrainedConfig.from_dict(data) == pretrained_config(num_key_value_heads=4)
 
 
+def test_what_tensorrt_llms_own_llama_writes_is_read() -> None:
+    # All attributes of its LLaMAConfig go to config.json, those that do nothing too.
+    extra = {
+        **dict.fromkeys(("embedding_multiplier", "attention_multiplier"), 1.0),
+        **dict.fromkeys(("residual_multiplier", "output_multiplier_scale"), 1.0),
+        **dict.fromkeys(("residual_mlp", "remove_duplicated_kv_heads", "fc_after_embed"), False),
+        **dict.fromkeys(("use_input_layernorm_in_first_layer", "use_last_layernorm"), True),
+        "rotary_embedding_dim": 16,
+        "runtime_defaults": None,
+        "disable_weight_only_quant_plugin": False,
+        "layer_idx_offset": 0,
+        "moe": {"num_experts": 0, "top_k": 0, "normalization_mode": None},
+        "tie_word_embeddings": True,
+    }
+    data = {**pretrained_config().to_dict(), **extra}
+    assert PretrainedConfig.from_dict(data) == pretrained_config()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
@@ -68,9 +86,12 @@ def test_what_other_writers_add_and_means_nothing_passes() -> None:
         ({"rotary_embedding_dim": 8}, UnsupportedCheckpointError, "rotary_embedding_dim 8"),
         ({"attn_logit_softcapping": 50.0}, UnsupportedCheckpointError, "attn_logit_softcapping"),
         ({"residual_mlp": True}, UnsupportedCheckpointError, "residual_mlp"),
+        ({"attention_multiplier": 0.5}, UnsupportedCheckpointError, "attention_multiplier 0.5"),
         ({"mapping": {"world_size": 2, "tp_size": 2}}, UnsupportedCheckpointError, "world_size"),
         ({"hidden_size": None}, CheckpointError, "lacks hidden_size"),
         ({"hidden_size": "64"}, CheckpointError, "hidden_size is '64'"),
+        ({"hidden_size": "64", "head_size": None}, CheckpointError, "hidden_size is '64'"),
+        ({"num_attention_heads": "4", "head_size": None}, CheckpointError, "heads is '4'"),
         ({"hidden_size": True}, CheckpointError, "hidden_size is True"),
         ({"vocab_size": 0}, CheckpointError, "vocab_size is 0"),
         ({"num_key_value_heads": 3}, CheckpointError, "multiple of"),

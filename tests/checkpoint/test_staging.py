@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmserve.checkpoint.staging import staged_directory
+from llmserve.checkpoint.staging import check_free, staged_directory
 from llmserve.errors import CheckpointError
 
 
@@ -66,7 +66,7 @@ def test_a_full_disk_is_seen_before_the_work(
 ) -> None:
     usage = namedtuple("usage", "total used free")(2**40, 2**40, 2**30)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match=r"1\.00 GiB free and 2\.00 GiB are needed"):  # noqa: SIM117
+    with pytest.raises(CheckpointError, match=r"1024\.0 MiB free and 2048\.0 MiB are needed"):  # noqa: SIM117
         with staged_directory(tmp_path / "out", required_bytes=2**31):
             pytest.fail("the block ran")
     assert _left(tmp_path) == []
@@ -76,7 +76,7 @@ def test_what_a_killed_process_left_is_removed_and_what_runs_is_not(tmp_path: Pa
     fill = textwrap.dedent("""
         import sys
         from pathlib import Path
-        from llmserve.checkpoint.staging import staged_directory
+        from llmserve.checkpoint.staging import check_free, staged_directory
         with staged_directory(Path(sys.argv[1])) as staging:
             (staging / "half").write_text("x")
             print(staging.name, flush=True)
@@ -109,3 +109,53 @@ def test_what_a_killed_process_left_is_removed_and_what_runs_is_not(tmp_path: Pa
         running.communicate()
         killed.communicate()
     assert _left(tmp_path) == [target.name]
+
+
+def test_parents_that_were_made_for_it_go_again(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    target = tmp_path / "there" / "a" / "b" / "out"
+    with pytest.raises(ValueError), staged_directory(target):
+        raise ValueError
+    assert _left(tmp_path / "there") == []
+    with staged_directory(target):
+        pass
+    assert _left(target.parent) == ["out"]
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with staged_directory(tmp_path / "link") as staging:
+        (staging / "file").write_text("x")
+    assert _left(tmp_path / "empty") == ["file"]
+    with staged_directory(tmp_path / "nowhere" / ".." / "out"):
+        pass
+    assert _left(tmp_path) == ["empty", "link", "out"]
+
+
+def test_what_cannot_be_replaced_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for target in (Path(), tmp_path):
+        with pytest.raises(CheckpointError, match="current directory and cannot be replaced"):
+            check_free(target)
+    mount = tmp_path / "volume"
+    mount.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == mount)
+    with pytest.raises(CheckpointError, match=r"volume is a mount point .* name a directory in it"):
+        check_free(mount)
+    check_free(mount / "name")
+
+
+def test_a_read_only_place_is_not_called_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, mode: int = 0o777) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    # The parent is there; it is the staging directory that cannot be made.
+    monkeypatch.setattr(Path, "mkdir", lambda path, **kw: None if kw else refuse(path))
+    with pytest.raises(CheckpointError, match="Read-only"):  # noqa: SIM117
+        with staged_directory(tmp_path / "out", required_bytes=2**62):
+            pytest.fail("the block ran")

@@ -151,3 +151,23 @@ def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> Non
         report("convert", 2**21, 2**21)
     assert "\r" in terminal.getvalue()
     assert "100%" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("command", ["convert", "build"])
+def test_a_wrong_path_is_answered_before_torch_is_imported(command: str, tmp_path: Path) -> None:
+    code = (
+        "import sys; from llmserve.cli import main\n"
+        f"code = main(['{command}', '/no/where/at/all', '{tmp_path}/out'])\n"
+        "assert (code, 'torch' in sys.modules) == (1, False)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_tilde_is_the_home_directory(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(["convert", str(source), "~/c"]) == 0
+    assert cli.main(["build", "~/c", "~/e"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "e"]

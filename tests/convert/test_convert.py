@@ -228,6 +228,10 @@ def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj.*bfloat16"):
         convert(path, tmp_path / "out", dtype="float16")
     convert(path, tmp_path / "out", dtype="bfloat16")
+    state["model.layers.1.mlp.up_proj.weight"][3, 3] = 3.4e38
+    _save(state, path)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.up_proj.*float32"):
+        convert(path, tmp_path / "out2", dtype="bfloat16")
 
 
 def _save(state: dict[str, torch.Tensor], path: Path) -> None:
@@ -322,6 +326,16 @@ def test_a_converted_checkpoint_is_not_converted_again(source: Path, tmp_path: P
         ({"hidden_size": "big"}, CheckpointError, "hidden_size 'big'"),
         ({"attention_bias": "yes"}, CheckpointError, "attention_bias 'yes'"),
         ({"rope_parameters": 5}, CheckpointError, "rope_scaling 5"),
+        ({"rope_parameters": None, "rope_scaling": {"factor": 2.0}}, None, "without a rope_type"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
+            None,
+            "without a rope_type.*full_attention",
+        ),
+        ({"rms_norm_eps": float("nan")}, CheckpointError, "NaN is no number"),
+        ({"model_type": ["llama"]}, None, "model_type"),
+        ({"num_attention_heads": 0, "head_dim": None}, CheckpointError, "num_attention_heads is 0"),
+        ({"num_hidden_layers": 10**9}, CheckpointError, "num_hidden_layers .* at most 10000"),
     ],
 )
 def test_configs_that_are_refused(

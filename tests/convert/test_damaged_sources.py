@@ -45,6 +45,12 @@ def test_a_file_instead_of_its_directory(single: Path) -> None:
     _refused(single / "model.safetensors", CheckpointError, "give the directory")
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe{\x00}\x00", b"[]", b"[" * 100_000])
+def test_a_config_that_is_no_json_object(single: Path, content: bytes) -> None:
+    (single / "config.json").write_bytes(content)
+    _refused(single, CheckpointError, r"config\.json (cannot be read as JSON|holds no JSON object)")
+
+
 def test_a_missing_shard(sharded: Path) -> None:
     shard = sorted(sharded.glob("model-*.safetensors"))[2]
     shard.unlink()

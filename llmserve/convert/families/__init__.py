@@ -42,7 +42,11 @@ def family(hf: Mapping[str, Any]) -> Family:
     """
     model_type, architectures = hf.get("model_type"), hf.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else None
-    if model_type not in _MODULES or architecture not in (None, _MODULES[model_type][0]):
+    if (
+        not isinstance(model_type, str)
+        or model_type not in _MODULES
+        or architecture not in (None, _MODULES[model_type][0])
+    ):
         known = ", ".join(f"{name} ({kind})" for name, (kind, _) in _MODULES.items())
         raise UnsupportedCheckpointError(
             f"the architecture {architecture} (model_type {model_type!r}) is not implemented; "
@@ -109,6 +113,13 @@ def rope_settings(hf: Mapping[str, Any]) -> tuple[float, dict[str, Any] | None]:
         if (part := values.get("partial_rotary_factor")) not in (None, 1, 1.0):
             raise UnsupportedCheckpointError(f"partial_rotary_factor {part} is not implemented")
     scaling.pop("partial_rotary_factor", None)
-    if scaling.get("rope_type", scaling.get("type", "default")) == "default":
+    if (kind := scaling.get("rope_type", scaling.get("type"))) in (None, "default"):
+        # Without a type, what is left says something that would be lost: a factor, or the angles
+        # of each kind of layer under its name.
+        if kind is None and scaling:
+            raise UnsupportedCheckpointError(
+                f"config.json has rotary scaling without a rope_type, {scaling!r}; add the type "
+                "that the model was trained with"
+            )
         return theta, None
     return theta, scaling

@@ -86,7 +86,8 @@ def pretrained_config(
         num_key_value_heads=int_key(hf, "num_key_value_heads", heads),
         vocab_size=int_key(hf, "vocab_size"),
         intermediate_size=int_key(hf, "intermediate_size"),
-        head_size=int_key(hf, "head_dim", hidden // heads),
+        # Of 0 heads PretrainedConfig says what is wrong.
+        head_size=int_key(hf, "head_dim", hidden // max(heads, 1)),
         max_position_embeddings=max_positions,
         hidden_act=str(hf.get("hidden_act", "silu")),
         norm_epsilon=number_key(hf, "rms_norm_eps", 1e-6),
