@@ -9,7 +9,6 @@ import sys
 import time
 from functools import partial
 
-import psutil
 import pytest
 
 from llmserve.config import BuildConfig, EngineConfig
@@ -19,6 +18,7 @@ from llmserve.engine.runner_spec import FakeRunnerSpec
 from llmserve.errors import EngineDeadError
 from llmserve.llm import LLM, async_llm, offline, open_llm
 from llmserve.runtime.fake import expected_tokens
+from tests.processes import has_ended
 from tests.tokenizer_files import EOS_ID, IM_END_ID, write_tokenizer
 
 PARAMS = SamplingParams(max_tokens=20, ignore_eos=True)
@@ -49,7 +49,7 @@ def test_answers_come_from_the_process(make):
             assert output.outputs[0].token_ids == expected_tokens(prompt, 20)
             assert output.outputs[0].text == llm.tokenizer.decode(output.outputs[0].token_ids)
             assert output.queue_s >= 0
-    assert not psutil.pid_exists(pid)
+    assert has_ended(pid)
 
 
 async def test_open_llm_starts_the_engine_of_a_model(tmp_path, monkeypatch):
@@ -148,7 +148,7 @@ def test_a_script_without_main_guard_or_shutdown_leaves_no_process(tmp_path):
         finally:
             process.kill()
     assert (out, err, process.returncode) == ("200\n", "", 0)
-    assert not psutil.pid_exists(pid)
+    assert has_ended(pid)
 
 
 def test_ctrl_c_ends_script_and_engine(tmp_path):
@@ -161,4 +161,4 @@ def test_ctrl_c_ends_script_and_engine(tmp_path):
         finally:
             process.kill()
     assert err.rstrip().endswith("KeyboardInterrupt")
-    assert not psutil.pid_exists(pid)
+    assert has_ended(pid)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 
 from tests.batch.jobs import chat_line, read_lines, write_jobs
 from tests.models import make_llama
+from tests.processes import has_ended
 
 NAMES = [f"line {i}" for i in range(150)]
 
@@ -31,12 +34,18 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def start(directory: Path, output: str) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def job(directory: Path, output: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A running job, which outlives no failed test."""
     command = [sys.executable, "-m", "llmserve", "batch", "run", str(directory / "jobs.jsonl")]
     command += ["-o", str(directory / output), "--model", str(directory / "demo")]
     command += ["--threads", "1", "--concurrency", "16"]
     environment = {**os.environ, "LLMSERVE_CACHE": str(directory / "cache")}
-    return subprocess.Popen(command, env=environment)
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def wait_for_answers(process: subprocess.Popen[bytes], journal: Path, at_least: int) -> None:
@@ -62,21 +71,20 @@ def choices(directory: Path, output: str) -> dict[str, Any]:
 def killed(directory: Path) -> dict[str, Any]:
     """The answers of a job that was killed, and whose engine was killed when it went on."""
     journal = directory / "killed.jsonl.journal"
-    process = start(directory, "killed.jsonl")
-    wait_for_answers(process, journal, 20)
-    engine = engine_pid(process)
-    process.kill()
-    process.wait()
+    with job(directory, "killed.jsonl") as process:
+        wait_for_answers(process, journal, 20)
+        engine = engine_pid(process)
+        process.kill()
     num_before = journal.read_bytes().count(b"\n")
     assert not (directory / "killed.jsonl").exists()
 
-    process = start(directory, "killed.jsonl")
-    wait_for_answers(process, journal, num_before + 20)
-    # The first engine has not outlived its program.
-    assert engine_pid(process) != engine
-    assert not Path(f"/proc/{engine}").exists()
-    os.kill(engine_pid(process), signal.SIGKILL)
-    assert process.wait(120) == 0
+    with job(directory, "killed.jsonl") as process:
+        wait_for_answers(process, journal, num_before + 20)
+        # The first engine has not outlived its program.
+        assert engine_pid(process) != engine
+        assert has_ended(engine)
+        os.kill(engine_pid(process), signal.SIGKILL)
+        assert process.wait(120) == 0
     assert not journal.exists()
     return choices(directory, "killed.jsonl")
 
@@ -91,5 +99,6 @@ def test_killed_the_program_and_then_its_engine_every_line_has_its_answer(
 def test_and_it_is_the_answer_of_an_undisturbed_job(
     directory: Path, killed: dict[str, Any]
 ) -> None:
-    assert start(directory, "undisturbed.jsonl").wait(120) == 0
+    with job(directory, "undisturbed.jsonl") as process:
+        assert process.wait(120) == 0
     assert choices(directory, "undisturbed.jsonl") == killed

@@ -24,6 +24,7 @@ from llmserve.engine.runner_spec import TorchRunnerSpec
 from llmserve.errors import EngineDeadError, EngineError
 from tests.engine.conftest import StartEngine
 from tests.engine.factories import drain, generate, make_engine, make_request, until
+from tests.processes import has_ended
 
 
 async def is_ok(engine: ProcessEngine) -> bool:
@@ -238,10 +239,7 @@ def test_the_process_dies_with_its_parent(step_s: float) -> None:
     command = [sys.executable, "-c", PARENT.format(step_s=step_s)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
-        worker = psutil.Process(int(parent.stdout.readline()))
-        assert worker.is_running()
-        time.sleep(0.1)
+        worker = int(parent.stdout.readline())
+        assert not has_ended(worker, timeout_s=0.1)
         parent.kill()
-    gone, alive = psutil.wait_procs([worker], timeout=3)
-    assert gone
-    assert not alive
+    assert has_ended(worker)
