@@ -152,4 +152,4 @@ def _size(num_bytes: int) -> str:
     """Bytes as a person writes them; what ``parse_bytes`` reads back is never smaller."""
     if num_bytes >= 2**20:
         return f"{-(-num_bytes // 2**20)}MiB"
-    return str(num_bytes)
+    return f"{num_bytes}B"
