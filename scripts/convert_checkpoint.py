@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from llmserve.cli import run_reporting
-from llmserve.cli.progress import ProgressReport
+from llmserve.cli.conversion import run_conversion
 from llmserve.cli.tensorrt_llm_flags import (
     flag_parser,
     refuse_all_but,
@@ -71,12 +71,9 @@ def run(argv: list[str] | None = None) -> int:
     if args.use_weight_only and args.use_fp8_rowwise:
         raise ConfigError("--use_weight_only and --use_fp8_rowwise exclude each other")
     quant = "w8a16" if args.use_weight_only else "fp8_rowwise" if args.use_fp8_rowwise else "none"
-    # Imported here, so that a wrong flag is answered at once.
-    from llmserve.convert.converter import convert, half_precision
-
-    dtype = half_precision(args.model_dir) if args.dtype == "auto" else args.dtype
-    with ProgressReport() as report:
-        out = convert(args.model_dir, args.output_dir, quant=quant, dtype=dtype, report=report)
+    out = run_conversion(
+        args.model_dir, args.output_dir, quant=quant, dtype=args.dtype, halve_float32=True
+    )
     print(f"wrote the checkpoint {out}")
     return 0
 

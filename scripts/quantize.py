@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from llmserve.cli import run_reporting
-from llmserve.cli.progress import ProgressReport
+from llmserve.cli.conversion import run_conversion
 from llmserve.cli.tensorrt_llm_flags import (
     flag_parser,
     refuse_all_but,
@@ -61,13 +61,10 @@ def run(argv: list[str] | None = None) -> int:
     """Parse and quantise. Returns the exit code."""
     args = parser().parse_args(argv)
     refuse_all_but("--qformat", args.qformat, _QUANT_OF_QFORMAT)
-    # Imported here, so that a wrong flag is answered at once.
-    from llmserve.convert.converter import convert, half_precision
-
     quant = _QUANT_OF_QFORMAT[args.qformat]
-    dtype = half_precision(args.model_dir) if args.dtype == "auto" else args.dtype
-    with ProgressReport() as report:
-        out = convert(args.model_dir, args.output_dir, quant=quant, dtype=dtype, report=report)
+    out = run_conversion(
+        args.model_dir, args.output_dir, quant=quant, dtype=args.dtype, halve_float32=True
+    )
     print(f"wrote the checkpoint {out}")
     return 0
 

@@ -7,7 +7,6 @@ so that a half-downloaded checkpoint is refused before any work is done.
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -56,12 +55,7 @@ class HuggingFaceCheckpoint:
     def __enter__(self) -> HuggingFaceCheckpoint:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def close(self) -> None:

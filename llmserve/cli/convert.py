@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from llmserve.cli import COMMANDS, Subparsers
-from llmserve.cli.progress import ProgressReport
+from llmserve.cli.conversion import run_conversion
 from llmserve.config import QUANT_ALGOS, DType
 
 
@@ -34,17 +34,6 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and print where the result is."""
-    from llmserve.checkpoint.config_file import check_kind
-    from llmserve.checkpoint.staging import check_free
-    from llmserve.convert.hub import locate
-
-    # Looked at before torch is imported, so that a wrong path is answered at once.
-    check_free(args.output.expanduser())
-    source = locate(args.source)
-    check_kind(source, "huggingface")
-    from llmserve.convert.converter import convert
-
-    with ProgressReport() as report:
-        out = convert(source, args.output, quant=args.quant, dtype=args.dtype, report=report)
+    out = run_conversion(args.source, args.output, quant=args.quant, dtype=args.dtype)
     print(f"wrote the checkpoint {out}; next: llmserve build {out} ENGINE")
     return 0
