@@ -114,7 +114,8 @@ def test_batch_killed_and_resumed_equals_an_undisturbed_one(
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
             kills += 1
-            assert not broken.exists()
+            # A late kill may find the job written and its engine stopping: whole, or not there.
+            assert not broken.exists() or answers(broken) == expected
         else:
             break
     assert process.returncode == 0
