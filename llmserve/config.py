@@ -21,7 +21,11 @@ QUANT_ALGOS: dict[str, str | None] = {
     "none": None,
     "w8a16": "W8A16",
     "fp8_rowwise": "FP8_PER_CHANNEL_PER_TOKEN",
+    "fp8": "FP8",
+    "int8_sq": "W8A8_SQ_PER_CHANNEL",
 }
+# Likewise for K and V; 'auto' keeps them in the model's dtype.
+KV_CACHE_QUANT_ALGOS: dict[str, str | None] = {"auto": None, "int8": "INT8", "fp8": "FP8"}
 
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>[KMGT]i?B?|B)?", re.IGNORECASE)
 

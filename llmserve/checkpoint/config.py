@@ -1,38 +1,37 @@
 """config.json of a TensorRT-LLM checkpoint, and the same inside an engine's, as a dataclass.
 
-The keys and defaults are TensorRT-LLM 1.2's ``PretrainedConfig``. Only what llmserve understands is
-kept; a key that changes the model's arithmetic and is not understood is refused, never dropped.
+The keys and defaults are TensorRT-LLM 1.2's ``PretrainedConfig`` and those of its families. Only
+what llmserve understands is kept; a key that changes the model's arithmetic and is not understood
+is refused, never dropped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from fnmatch import fnmatchcase
 from typing import Any
 
+from llmserve.checkpoint.quant_config import QuantConfig
 from llmserve.checkpoint.rotary_scaling import check_rotary_scaling
-from llmserve.config import QUANT_ALGOS
+from llmserve.checkpoint.typed_json import json_object, typed
 from llmserve.errors import CheckpointError, UnsupportedCheckpointError
 
 DTYPES = ("float16", "bfloat16", "float32")
-# What TensorRT-LLM leaves alone where a config.json gives no exclude_modules of its own.
-DEFAULT_EXCLUDE_MODULES = (
-    "*lm_head",
-    "*router",
-    "*vocab_embedding",
-    "*position_embedding",
-    "*block_embedding",
-    "*shared_expert_gate",
+ARCHITECTURES = (
+    *("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"),
+    *("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+    *("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+    "Phi3ForCausalLM",
 )
-# FP8 rowwise turns whole attention, MLP and norm modules into FP8 ones; the last norm must not be.
-FP8_ROWWISE_EXCLUDE_MODULES = ("*ln_f", "*ln_embed", "*lm_head")
+# Activations of a gated MLP. TensorRT-LLM says swiglu where gate and up are one weight, fc.
+ACTIVATIONS = ("silu", "swiglu", "gelu_pytorch_tanh")
 
 # Keys that other writers add and that say nothing about the arithmetic. TensorRT-LLM copies
 # tie_word_embeddings from its source and never reads it: tied is what has no lm_head.
 _DESCRIPTIVE_KEYS = frozenset(
     {"producer", "runtime_defaults", "disable_weight_only_quant_plugin", "bos_token_id"}
-    | {"eos_token_id", "pad_token_id", "decoder", "tie_word_embeddings"}
+    | {"eos_token_id", "pad_token_id", "decoder", "tie_word_embeddings", "seq_length"}
+    | {"num_labels"}
 )
 # Keys of features that are not implemented, with the values under which they do nothing: those of
 # TensorRT-LLM's Llama, which writes them all, and of modelopt's own description of a decoder.
@@ -49,86 +48,23 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "output_multiplier_scale": (None, 1, 1.0),
     "has_partial_lora_mask": (False,),
     "use_prompt_tuning": (False,),
-    "rotary_pct": (1, 1.0),
     "rank": (0,),
     "rmsnorm": (True,),
     "bias": (False,),
     "lm_head_bias": (False,),
+    "use_logn_attn": (False,),
+    "moe_shared_expert_intermediate_size": (None, 0),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QuantConfig:
-    """The ``quantization`` object. TensorRT-LLM raises on an unknown key here, and so do we.
+class ParallelMapping:
+    """The ``mapping`` object: how many ranks. Tensor parallel only.
 
     Attributes:
-        quant_algo: None, 'W8A16' or 'FP8_PER_CHANNEL_PER_TOKEN'.
-        kv_cache_quant_algo: None: K and V in the model's dtype.
-        exclude_modules: Leave None for W8A16: a list replaces TensorRT-LLM's defaults.
-        clamp_val: [-1200.0, 1200.0] in FP8 rowwise checkpoints, as convert_checkpoint writes it.
+        world_size: Ranks in all: tp_size, for there is no other parallelism.
+        tp_size: Ranks that share every layer.
     """
-
-    quant_algo: str | None = None
-    kv_cache_quant_algo: str | None = None
-    group_size: int = 128
-    smoothquant_val: float = 0.5
-    clamp_val: list[float] | None = None
-    use_meta_recipe: bool = False
-    has_zero_point: bool = False
-    pre_quant_scale: bool = False
-    exclude_modules: list[str] | None = None
-
-    def quantizes(self, linear: str) -> bool:
-        """Whether the weight of a decoder layer's linear is quantised, by TensorRT-LLM's rules.
-
-        ``exclude_modules`` are fnmatchcase patterns. W8A16 matches them against the linear's name
-        and its weight's; FP8 rowwise converts modules whole, so there they are matched against
-        the attention or MLP that the linear is in.
-
-        Args:
-            linear: e.g. 'transformer.layers.0.attention.qkv'.
-        """
-        if self.quant_algo is None:
-            return False
-        patterns: Sequence[str] = DEFAULT_EXCLUDE_MODULES
-        names = [linear, f"{linear}.weight"]
-        if self.quant_algo == "FP8_PER_CHANNEL_PER_TOKEN":
-            patterns, names = FP8_ROWWISE_EXCLUDE_MODULES, [linear.rpartition(".")[0]]
-        if self.exclude_modules is not None:
-            patterns = self.exclude_modules
-        return not any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> QuantConfig:
-        """Read the ``quantization`` object.
-
-        Raises:
-            CheckpointError: An unknown key, or a value of the wrong kind.
-            UnsupportedCheckpointError: A quantisation that is not implemented.
-        """
-        known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(data) - known):
-            raise CheckpointError(
-                f"quantization has the unknown key {unknown[0]!r}; known are {', '.join(known)}"
-            )
-        config = cls(**_typed(cls, data, "quantization."))
-        if config.quant_algo not in (None, *filter(None, QUANT_ALGOS.values())):
-            known_algos = ", ".join(str(algo) for algo in QUANT_ALGOS.values())
-            raise UnsupportedCheckpointError(
-                f"quantization.quant_algo {config.quant_algo!r} is not implemented; these are: "
-                f"{known_algos}"
-            )
-        for name, neutral in _UNIMPLEMENTED_QUANTIZATION.items():
-            if (value := getattr(config, name)) != neutral:
-                raise UnsupportedCheckpointError(
-                    f"quantization.{name} {value!r} is not implemented"
-                )
-        return config
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParallelMapping:
-    """The ``mapping`` object: how many ranks. Only one rank for now."""
 
     world_size: int = 1
     tp_size: int = 1
@@ -137,38 +73,112 @@ class ParallelMapping:
     gpus_per_node: int = 8
 
     @classmethod
+    def tensor_parallel(cls, tp_size: int) -> ParallelMapping:
+        """The mapping of ``tp_size`` tensor-parallel ranks."""
+        return cls(world_size=tp_size, tp_size=tp_size)
+
+    @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ParallelMapping:
-        """Read the ``mapping`` object; with one rank, its other keys have nothing to say.
+        """Read the ``mapping`` object; without pipeline ranks its other keys have nothing to say.
 
         Raises:
-            CheckpointError: A value of the wrong kind.
-            UnsupportedCheckpointError: More than one rank.
+            CheckpointError: A value of the wrong kind, or a world that is not tp_size ranks.
+            UnsupportedCheckpointError: Pipeline or context parallel ranks.
         """
         known = {f.name for f in fields(cls)}
         kept = {key: value for key, value in data.items() if key in known}
-        mapping = cls(**_typed(cls, kept, "mapping."))
-        for name in ("world_size", "tp_size", "pp_size", "cp_size"):
+        mapping = cls(**typed(cls, kept, "mapping."))
+        for name in ("pp_size", "cp_size"):
             if (size := getattr(mapping, name)) != 1:
                 raise UnsupportedCheckpointError(
-                    f"mapping.{name} is {size}; only checkpoints of one rank are implemented: "
-                    "convert again with tp_size 1 and pp_size 1"
+                    f"mapping.{name} is {size}; only tensor parallel ranks are implemented: "
+                    "convert again with pp_size 1 and cp_size 1"
                 )
+        if mapping.tp_size < 1 or mapping.world_size != mapping.tp_size:
+            raise CheckpointError(
+                f"mapping.world_size is {mapping.world_size}; it must be tp_size, {mapping.tp_size}"
+            )
         return mapping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PretrainedConfig:
-    """A decoder as TensorRT-LLM describes it. Sizes in elements.
+class MoeConfig:
+    """The ``moe`` object: a mixture of experts in place of every layer's MLP.
 
     Attributes:
-        architecture: e.g. 'LlamaForCausalLM'.
+        num_experts: Experts of a layer.
+        top_k: Experts that a token goes through.
+        normalization_mode: Of the chosen experts' weights, which are a softmax over all: 0, as
+            they are; 1, divided by their sum.
+    """
+
+    num_experts: int
+    top_k: int
+    normalization_mode: int = 0
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MoeConfig | None:
+        """Read the ``moe`` object; None where it has no experts, as TensorRT-LLM writes it.
+
+        Raises:
+            CheckpointError: A key is missing, of the wrong kind or out of range.
+            UnsupportedCheckpointError: Shared experts, or another routing.
+        """
+        if not data.get("num_experts"):
+            return None
+        if shared := data.get("shared_expert_intermediate_size"):
+            raise UnsupportedCheckpointError(
+                f"moe.shared_expert_intermediate_size {shared} is not implemented; it must be 0"
+            )
+        values = typed(cls, data, "moe.")
+        if "top_k" not in values:
+            raise CheckpointError("config.json's moe lacks top_k")
+        moe = cls(**values)
+        if moe.normalization_mode not in (0, 1):
+            raise UnsupportedCheckpointError(
+                f"moe.normalization_mode {moe.normalization_mode} is not implemented; it must be "
+                "0 (none) or 1 (renormalize)"
+            )
+        if not 1 <= moe.top_k <= moe.num_experts:
+            raise CheckpointError(
+                f"moe.top_k is {moe.top_k}; it must be from 1 to num_experts, {moe.num_experts}"
+            )
+        return moe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainedConfig:
+    """A decoder as TensorRT-LLM describes it. Sizes in elements, of the whole model, not a rank.
+
+    Attributes:
+        architecture: One of ``ARCHITECTURES``.
         dtype: 'float16', 'bfloat16' or 'float32': weights that are not quantised, activations, KV.
         head_size: Elements of one head; need not be hidden_size / num_attention_heads.
+        hidden_act: One of ``ACTIVATIONS``.
+        position_embedding_type: 'rope_gpt_neox' or 'long_rope'.
         rotary_base: rope theta.
         rotary_scaling: Hugging Face's rope_scaling verbatim, or None.
-        attn_bias: Biases on qkv (and, in Llama, on dense).
+        rotary_pct: Share of a head that is rotated, its first elements.
+        attn_bias: Biases on qkv, and where ``dense_bias`` says so on dense.
         mlp_bias: Biases on fc, gate and proj.
+        qk_layernorm: Every head of q and k is normalised before it is rotated.
         share_embedding_table: lm_head is the embedding: the checkpoint has no lm_head.weight.
+        use_parallel_embedding: The embedding's rows are split over the ranks.
+        sliding_window: Tokens that a sliding layer sees, its own included; None: all layers see
+            everything.
+        sliding_window_pattern: Every so many-th layer is not sliding; None: all are.
+        max_window_layers: The first so many layers are not sliding.
+        rope_local_base_freq: theta of sliding layers, which are then not scaled either.
+        inter_layernorms: Norms after attention and MLP as well (Gemma 2 and 3).
+        query_pre_attn_scalar: Scores are divided by its root; None takes head_size.
+        attn_logit_softcapping: Scores s become cap * tanh(s / cap).
+        final_logit_softcapping: Likewise for the logits.
+        original_max_position_embeddings: Of long_rope: the context before it was stretched.
+        longrope_scaling_short_factors: Of long_rope, one per rotated pair: engines up to that.
+        longrope_scaling_long_factors: Likewise: engines beyond it.
+        qwen_type: Hugging Face's model_type of a Qwen; TensorRT-LLM wants it.
+        moe: A mixture of experts, or None.
+        moe_intermediate_size: Of one expert; None takes intermediate_size.
     """
 
     architecture: str
@@ -187,18 +197,81 @@ class PretrainedConfig:
     position_embedding_type: str = "rope_gpt_neox"
     rotary_base: float = 10000.0
     rotary_scaling: dict[str, Any] | None = None
+    rotary_pct: float = 1.0
     attn_bias: bool = False
     mlp_bias: bool = False
     qk_layernorm: bool = False
     use_parallel_embedding: bool = False
     embedding_sharding_dim: int = 0
     share_embedding_table: bool = False
+    sliding_window: int | None = None
+    sliding_window_pattern: int | None = None
+    max_window_layers: int | None = None
+    rope_local_base_freq: float | None = None
+    inter_layernorms: bool = False
+    query_pre_attn_scalar: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    original_max_position_embeddings: int | None = None
+    longrope_scaling_short_factors: list[float] | None = None
+    longrope_scaling_long_factors: list[float] | None = None
+    qwen_type: str | None = None
+    moe: MoeConfig | None = None
+    moe_intermediate_size: int | None = None
     mapping: ParallelMapping = field(default_factory=ParallelMapping)
     quantization: QuantConfig = field(default_factory=QuantConfig)
 
+    @property
+    def tp_size(self) -> int:
+        """Tensor-parallel ranks."""
+        return self.mapping.tp_size
+
+    @property
+    def rotary_dim(self) -> int:
+        """Elements of a head that are rotated."""
+        return int(self.head_size * self.rotary_pct)
+
+    @property
+    def attention_scale(self) -> float:
+        """What scores are multiplied with."""
+        return float((self.query_pre_attn_scalar or self.head_size) ** -0.5)
+
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied with; rounded to ``dtype`` first, as Gemma's is."""
+        return float(self.hidden_size**0.5) if self.architecture.startswith("Gemma") else 1.0
+
+    @property
+    def dense_bias(self) -> bool:
+        """Whether attention.dense has a bias: Qwen's attn_bias means qkv alone."""
+        return self.attn_bias and not self.architecture.startswith("Qwen")
+
+    @property
+    def fused_mlp(self) -> bool:
+        """Whether mlp.fc is up and then gate in one weight, and there is no mlp.gate."""
+        return self.moe is None and self.hidden_act == "swiglu"
+
+    @property
+    def expert_size(self) -> int:
+        """Intermediate elements of one expert."""
+        return self.moe_intermediate_size or self.intermediate_size
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a layer sees, its own included, or None for all."""
+        if self.sliding_window is None or layer < (self.max_window_layers or 0):
+            return None
+        pattern = self.sliding_window_pattern
+        return None if pattern and (layer + 1) % pattern == 0 else self.sliding_window
+
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object of config.json."""
-        return asdict(self)
+        """The JSON object of config.json: TensorRT-LLM's common keys, and what the family adds."""
+        data = asdict(self)
+        for name in _FAMILY_KEYS:
+            if data[name] in (None, False):
+                del data[name]
+        if self.rotary_pct == 1.0:
+            del data["rotary_pct"]
+        return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PretrainedConfig:
@@ -220,12 +293,19 @@ class PretrainedConfig:
         missing = [name for name in _REQUIRED_KEYS if data.get(name) is None]
         if missing:
             raise CheckpointError(f"config.json lacks {', '.join(missing)}")
-        quantization = QuantConfig.from_dict(_object(data.pop("quantization", {}), "quantization"))
-        mapping = ParallelMapping.from_dict(_object(data.pop("mapping", {}), "mapping"))
+        parts: dict[str, Any] = {
+            "quantization": QuantConfig.from_dict(
+                json_object(data.pop("quantization", {}), "quantization")
+            ),
+            "mapping": ParallelMapping.from_dict(json_object(data.pop("mapping", {}), "mapping")),
+            "moe": MoeConfig.from_dict(json_object(data.pop("moe", {}), "moe")),
+        }
+        if not data.get("moe_intermediate_size"):
+            data.pop("moe_intermediate_size", None)  # TensorRT-LLM writes 0 for a dense model
         # TensorRT-LLM's defaults where they differ from this class's, which are Llama's.
         data.setdefault("hidden_act", "gelu")
         data.setdefault("position_embedding_type", "learned_absolute")
-        values = _typed(cls, data, "")
+        values = typed(cls, data, "")
         if values["num_attention_heads"] <= 0:
             raise CheckpointError(
                 f"num_attention_heads is {values['num_attention_heads']}; it must be positive"
@@ -233,24 +313,24 @@ class PretrainedConfig:
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
         values.setdefault("intermediate_size", 4 * values["hidden_size"])
         values.setdefault("head_size", values["hidden_size"] // values["num_attention_heads"])
-        config = cls(quantization=quantization, mapping=mapping, **values)
+        config = cls(**parts, **values)
         config._check()
-        if rotary_embedding_dim not in (None, config.head_size):
+        if rotary_embedding_dim not in (None, config.rotary_dim):
             raise UnsupportedCheckpointError(
                 f"rotary_embedding_dim {rotary_embedding_dim!r} is not implemented; it must be "
-                f"head_size, {config.head_size}"
+                f"head_size * rotary_pct, {config.rotary_dim}"
             )
         return config
 
     def _check(self) -> None:
         """Raise UnsupportedCheckpointError or CheckpointError for values that cannot be run."""
         implemented: dict[str, tuple[Any, ...]] = {
-            "architecture": ("LlamaForCausalLM",),
+            "architecture": ARCHITECTURES,
             "dtype": DTYPES,
             "logits_dtype": DTYPES,
-            "hidden_act": ("silu",),
-            "position_embedding_type": ("rope_gpt_neox",),
-            "qk_layernorm": (False,),
+            "hidden_act": ACTIVATIONS,
+            "position_embedding_type": ("rope_gpt_neox", "long_rope"),
+            "embedding_sharding_dim": (0,),
         }
         for name, choices in implemented.items():
             if (value := getattr(self, name)) not in choices:
@@ -259,8 +339,8 @@ class PretrainedConfig:
                     f"{', '.join(map(str, choices))}"
                 )
         for name in _POSITIVE_KEYS:
-            if getattr(self, name) <= 0:
-                raise CheckpointError(f"{name} is {getattr(self, name)}; it must be positive")
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise CheckpointError(f"{name} is {value}; it must be positive")
         if self.num_hidden_layers > _MAX_LAYERS:
             raise CheckpointError(
                 f"num_hidden_layers is {self.num_hidden_layers}; it must be at most {_MAX_LAYERS}"
@@ -270,9 +350,31 @@ class PretrainedConfig:
                 f"num_attention_heads is {self.num_attention_heads}; it must be a multiple of "
                 f"num_key_value_heads, {self.num_key_value_heads}"
             )
-        if self.head_size % 2:
-            raise CheckpointError(f"head_size is {self.head_size}; rotary embeddings need it even")
+        if self.rotary_dim % 2 or not 0 < self.rotary_pct <= 1:
+            raise CheckpointError(
+                f"head_size {self.head_size} with rotary_pct {self.rotary_pct} rotates "
+                f"{self.rotary_dim} elements of a head; rotary embeddings need an even number"
+            )
+        if self.inter_layernorms != (self.architecture in _INTER_LAYERNORMS):
+            raise UnsupportedCheckpointError(
+                f"inter_layernorms {self.inter_layernorms} is not implemented for "
+                f"{self.architecture}"
+            )
         check_rotary_scaling(self.rotary_scaling, self.max_position_embeddings)
+        self._check_long_rope()
+
+    def _check_long_rope(self) -> None:
+        if self.position_embedding_type != "long_rope":
+            return
+        if self.original_max_position_embeddings is None:
+            raise CheckpointError("config.json lacks original_max_position_embeddings (long_rope)")
+        for name in ("longrope_scaling_short_factors", "longrope_scaling_long_factors"):
+            factors = getattr(self, name)
+            if factors is None or len(factors) != self.rotary_dim // 2 or min(factors) <= 0:
+                raise CheckpointError(
+                    f"{name} is {factors}; it must be {self.rotary_dim // 2} positive numbers, one "
+                    "for each rotated pair"
+                )
 
 
 _REQUIRED_KEYS = (
@@ -282,55 +384,20 @@ _REQUIRED_KEYS = (
 _POSITIVE_KEYS = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("vocab_size", "intermediate_size", "head_size", "max_position_embeddings"),
-    *("norm_epsilon", "rotary_base"),
+    *("norm_epsilon", "rotary_base", "sliding_window", "sliding_window_pattern"),
+    *("rope_local_base_freq", "query_pre_attn_scalar", "attn_logit_softcapping"),
+    *("final_logit_softcapping", "original_max_position_embeddings", "moe_intermediate_size"),
 )
-_UNIMPLEMENTED_QUANTIZATION: dict[str, Any] = {
-    "kv_cache_quant_algo": None,
-    "use_meta_recipe": False,
-    "has_zero_point": False,
-    "pre_quant_scale": False,
-}
+# Written only where they say something: what a family does not have, its config.json does not say.
+_FAMILY_KEYS = (
+    *("sliding_window", "sliding_window_pattern", "max_window_layers", "rope_local_base_freq"),
+    *("inter_layernorms", "query_pre_attn_scalar", "attn_logit_softcapping"),
+    *("final_logit_softcapping", "original_max_position_embeddings", "qwen_type", "moe"),
+    *("longrope_scaling_short_factors", "longrope_scaling_long_factors", "moe_intermediate_size"),
+)
+_INTER_LAYERNORMS = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
 # Every layer's tensors are listed by name: a damaged number must not fill the memory with names.
 _MAX_LAYERS = 10_000
-# By a field's annotation: the kinds of JSON value it takes, and the word for them.
-_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "int": ((int,), "a whole number"),
-    "float": ((int, float), "a number"),
-    "bool": ((bool,), "true or false"),
-    "str": ((str,), "a string"),
-    "str | None": ((str,), "a string or null"),
-    "dict[str, Any] | None": ((dict,), "an object or null"),
-    "list[str] | None": ((list,), "a list of strings or null"),
-    "list[float] | None": ((list,), "a list or null"),
-}
-
-
-def _typed(cls: type, data: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """``data`` with every value checked against the annotation of the field of its name.
-
-    A null where the field takes none counts as not given: TensorRT-LLM writes it for a default.
-    """
-    values: dict[str, Any] = {}
-    for spec in fields(cls):
-        value: Any = data.get(spec.name)
-        if value is None:
-            continue
-        kinds, wanted = _KINDS[str(spec.type)]
-        fits = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
-        if spec.type == "list[str] | None":
-            fits = fits and all(isinstance(item, str) for item in value)
-        if not fits:
-            raise CheckpointError(f"{prefix}{spec.name} is {value!r}; it must be {wanted}")
-        values[spec.name] = float(value) if spec.type == "float" else value
-    return values
-
-
-def _object(value: Any, name: str) -> Mapping[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise CheckpointError(f"{name} is {value!r}; it must be an object")
-    return value
 
 
 def _drop_neutral_keys(data: dict[str, Any]) -> None:
@@ -340,6 +407,3 @@ def _drop_neutral_keys(data: dict[str, Any]) -> None:
     for key, values in _NEUTRAL_VALUES.items():
         if key in data and (value := data.pop(key)) not in values:
             raise UnsupportedCheckpointError(f"{key} {value!r} is not implemented")
-    moe = data.pop("moe", None)
-    if isinstance(moe, Mapping) and moe.get("num_experts"):
-        raise UnsupportedCheckpointError("moe: mixtures of experts are not implemented")

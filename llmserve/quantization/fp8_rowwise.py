@@ -10,30 +10,35 @@ from collections.abc import Mapping
 
 import torch
 
+from llmserve.checkpoint.tensor_spec import TensorSpec
+from llmserve.quantization import Stored
 from llmserve.quantization.amax import row_amax
+
+CALIBRATED = False
+ROWWISE = True
 
 _MAX = 448.0
 _MIN_SCALE = 1.0 / (_MAX * 512.0)
 
 
-def quantize(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Quantise to ``weight`` float8_e4m3fn (out, in) and ``per_channel_scale`` float32 (out,)."""
+def quantize(
+    weight: torch.Tensor, input_amax: torch.Tensor | None = None, smoothquant_val: float = 0.5
+) -> dict[str, torch.Tensor]:
+    """Quantise to ``weight`` e4m3 (..., out, in) and ``per_channel_scale`` float32 (..., out)."""
     scale = (row_amax(weight) / _MAX).clamp_(min=_MIN_SCALE)
     # The division promotes to float32, so this is the only copy of the weight in it.
-    q = torch.div(weight, scale[:, None]).to(torch.float8_e4m3fn)
+    q = torch.div(weight, scale[..., None]).to(torch.float8_e4m3fn)
     return {"weight": q, "per_channel_scale": scale}
 
 
 def dequantize(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """``weight * per_channel_scale`` in float32 (out, in)."""
-    return tensors["weight"].float() * tensors["per_channel_scale"].float()[:, None]
+    """``weight * per_channel_scale`` in float32 (..., out, in)."""
+    return tensors["weight"].float() * tensors["per_channel_scale"].float()[..., None]
 
 
-def stored(
-    out_features: int, in_features: int, dtype: torch.dtype
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def stored(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Stored]:
     """A float8_e4m3fn weight and its float32 scales."""
     return {
-        "weight": ((out_features, in_features), torch.float8_e4m3fn),
-        "per_channel_scale": ((out_features,), torch.float32),
+        "weight": Stored(TensorSpec(shape, torch.float8_e4m3fn), "weight"),
+        "per_channel_scale": Stored(TensorSpec(shape[:-1], torch.float32), "rows"),
     }

@@ -6,8 +6,16 @@ from collections.abc import Mapping
 
 import torch
 
+from llmserve.checkpoint.tensor_spec import TensorSpec
+from llmserve.quantization import Stored
 
-def quantize(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+CALIBRATED = False
+ROWWISE = True
+
+
+def quantize(
+    weight: torch.Tensor, input_amax: torch.Tensor | None = None, smoothquant_val: float = 0.5
+) -> dict[str, torch.Tensor]:
     """Return the weight itself."""
     return {"weight": weight}
 
@@ -17,8 +25,6 @@ def dequantize(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return tensors["weight"].float()
 
 
-def stored(
-    out_features: int, in_features: int, dtype: torch.dtype
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def stored(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Stored]:
     """One tensor in the model's dtype."""
-    return {"weight": ((out_features, in_features), dtype)}
+    return {"weight": Stored(TensorSpec(shape, dtype), "weight")}

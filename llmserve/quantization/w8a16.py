@@ -11,29 +11,34 @@ from collections.abc import Mapping
 
 import torch
 
+from llmserve.checkpoint.tensor_spec import TensorSpec
+from llmserve.quantization import Stored
 from llmserve.quantization.amax import row_amax
 
+CALIBRATED = False
+ROWWISE = True
 
-def quantize(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Quantise to ``weight`` int8 (out, in) and ``per_channel_scale`` float32 (out,)."""
+
+def quantize(
+    weight: torch.Tensor, input_amax: torch.Tensor | None = None, smoothquant_val: float = 0.5
+) -> dict[str, torch.Tensor]:
+    """Quantise to ``weight`` int8 (..., out, in) and ``per_channel_scale`` float32 (..., out)."""
     scale = row_amax(weight) / 128
     # A row of zeros stays zeros under any scale; 1 avoids 0 / 0.
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     # The division promotes to float32, so this is the only copy of the weight in it.
-    q = torch.div(weight, scale[:, None]).round_().clamp_(-128, 127).to(torch.int8)
+    q = torch.div(weight, scale[..., None]).round_().clamp_(-128, 127).to(torch.int8)
     return {"weight": q, "per_channel_scale": scale}
 
 
 def dequantize(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """``weight * per_channel_scale`` in float32 (out, in)."""
-    return tensors["weight"].float() * tensors["per_channel_scale"].float()[:, None]
+    """``weight * per_channel_scale`` in float32 (..., out, in)."""
+    return tensors["weight"].float() * tensors["per_channel_scale"].float()[..., None]
 
 
-def stored(
-    out_features: int, in_features: int, dtype: torch.dtype
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def stored(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Stored]:
     """An int8 weight and its float32 scales."""
     return {
-        "weight": ((out_features, in_features), torch.int8),
-        "per_channel_scale": ((out_features,), torch.float32),
+        "weight": Stored(TensorSpec(shape, torch.int8), "weight"),
+        "per_channel_scale": Stored(TensorSpec(shape[:-1], torch.float32), "rows"),
     }

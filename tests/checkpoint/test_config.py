@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 
-from llmserve.checkpoint.config import PretrainedConfig, QuantConfig
+from llmserve.checkpoint.config import PretrainedConfig
+from llmserve.checkpoint.quant_config import QuantConfig
 from llmserve.errors import CheckpointError, UnsupportedCheckpointError
 from tests.checkpoint.factories import pretrained_config
 from tests.models import LINEAR_ROPE, LLAMA3_ROPE
@@ -96,8 +97,8 @@ def test_what_tensorrt_llms_own_llama_writes_is_read() -> None:
         ({"vocab_size": 0}, CheckpointError, "vocab_size is 0"),
         ({"num_key_value_heads": 3}, CheckpointError, "multiple of"),
         ({"head_size": 15}, CheckpointError, "head_size is 15"),
-        ({"quantization": {"quant_algo": "FP8"}}, UnsupportedCheckpointError, "'FP8'"),
-        ({"quantization": {"kv_cache_quant_algo": "INT8"}}, UnsupportedCheckpointError, "INT8"),
+        ({"quantization": {"quant_algo": "NVFP4"}}, UnsupportedCheckpointError, "'NVFP4'"),
+        ({"quantization": {"kv_cache_quant_algo": "NVFP4"}}, UnsupportedCheckpointError, "NVFP4"),
         ({"quantization": {"use_meta_recipe": True}}, UnsupportedCheckpointError, "meta"),
         ({"quantization": {"quant_algorithm": "W8A16"}}, CheckpointError, "quant_algorithm"),
         ({"quantization": {"exclude_modules": [1]}}, CheckpointError, "exclude_modules"),

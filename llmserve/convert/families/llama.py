@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmserve.checkpoint.config import PretrainedConfig, QuantConfig
+from llmserve.checkpoint.config import PretrainedConfig
+from llmserve.checkpoint.quant_config import QuantConfig
 from llmserve.checkpoint.rotary_scaling import rope_type
-from llmserve.convert.families import bool_key, int_key, number_key, rope_settings
+from llmserve.convert.families.family import Family
+from llmserve.convert.families.hf_config import bool_key, int_key, number_key, rope_settings
 from llmserve.errors import UnsupportedCheckpointError
 
 _HF = "model.layers.{i}"
@@ -40,14 +42,6 @@ TENSORS: dict[str, str | None] = {
     f"{_HF}.self_attn.rotary_emb.inv_freq": None,
     "model.rotary_emb.inv_freq": None,
 }
-
-
-def split_rows(target: str, config: PretrainedConfig) -> tuple[int, ...]:
-    """Rows of each source of a concatenated target, in the order of ``TENSORS``."""
-    if ".attention.qkv." not in target:
-        raise ValueError(f"{target} has one source")
-    kv = config.num_key_value_heads * config.head_size
-    return (config.num_attention_heads * config.head_size, kv, kv)
 
 
 def pretrained_config(
@@ -100,3 +94,8 @@ def pretrained_config(
     )
     # from_dict holds the checks of values; what is written here must pass when it is read.
     return PretrainedConfig.from_dict(config.to_dict())
+
+
+FAMILY = Family(
+    architecture="LlamaForCausalLM", tensors=TENSORS, pretrained_config=pretrained_config
+)
