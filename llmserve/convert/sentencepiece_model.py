@@ -8,6 +8,7 @@ encoding.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -80,47 +81,60 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
             f"{path} is a tiktoken vocabulary, not a sentencepiece model; take tokenizer.json from "
             "the model's repository in Hugging Face's format"
         )
-    pieces: list[Piece] = []
-    trainer: dict[int, Any] = {}
-    normalizer: dict[int, Any] = {}
-    denormalizer: dict[int, Any] = {}
     try:
-        for number, value in _fields(data):
-            if number == 1:
-                piece = dict(_fields(value))
-                (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
-                pieces.append(Piece(piece.get(1, b"").decode(), score, piece.get(3, NORMAL)))
-            elif number in (2, 3, 5):
-                (trainer, normalizer, denormalizer)[(2, 3, 5).index(number)].update(_fields(value))
-        model = SentencePieceModel(
-            pieces=tuple(pieces),
-            algorithm=trainer.get(3, UNIGRAM),
-            byte_fallback=bool(trainer.get(35, False)),
-            bos_piece=trainer.get(46, b"<s>").decode(),
-            eos_piece=trainer.get(47, b"</s>").decode(),
-            charsmap=bytes(normalizer.get(2, b"")),
-            add_dummy_prefix=bool(normalizer.get(3, True)),
-            remove_extra_whitespaces=bool(normalizer.get(4, True)),
-        )
+        model, unsupported = _parse(data)
     # Whatever the bytes are, they can only lead to a value of another kind or past the end.
     except (ValueError, TypeError, AttributeError, IndexError, struct.error) as error:
         raise _damaged(path, str(error)) from error
     _check_vocabulary(path, model)
+    for reason in unsupported:
+        raise UnsupportedCheckpointError(
+            f"{path} cannot be written as tokenizer.json: {reason}; take a checkpoint that has a "
+            "tokenizer.json"
+        )
+    return model
+
+
+def _parse(data: bytes) -> tuple[SentencePieceModel, list[str]]:
+    """The model, and what is in it that is not implemented."""
+    pieces: list[Piece] = []
+    specs: dict[int, dict[int, Any]] = {}
+    for number, value in _fields(data):
+        if number == 1:
+            pieces.append(_piece(dict(_fields(value))))
+        elif number in (2, 3, 5):
+            specs.setdefault(number, {}).update(_fields(value))
+    if not {2, 3} <= specs.keys():
+        raise ValueError("its end is missing")
+    trainer, normalizer, denormalizer = specs[2], specs[3], specs.get(5, {})
+    model = SentencePieceModel(
+        pieces=tuple(pieces),
+        algorithm=trainer.get(3, UNIGRAM),
+        byte_fallback=trainer.get(35, 0) != 0,
+        bos_piece=trainer.get(46, b"<s>").decode(),
+        eos_piece=trainer.get(47, b"</s>").decode(),
+        charsmap=b"".join([normalizer.get(2, b"")]),  # a TypeError for a number
+        add_dummy_prefix=normalizer.get(3, 1) != 0,
+        remove_extra_whitespaces=normalizer.get(4, 1) != 0,
+    )
     unsupported = {
-        "treat_whitespace_as_suffix is on": trainer.get(24, False),
-        "escape_whitespaces is off": not normalizer.get(5, True),
-        "a denormalizer is in it": denormalizer.get(2, b""),
-        f"its algorithm is {model.algorithm}, neither BPE nor Unigram": model.algorithm
-        not in (UNIGRAM, BPE),
+        "treat_whitespace_as_suffix is on": trainer.get(24, 0) != 0,
+        "escape_whitespaces is off": normalizer.get(5, 1) == 0,
+        "it has a denormalizer": bool(denormalizer.get(2)),
+        f"its model_type is {model.algorithm}, neither 1 (Unigram) nor 2 (BPE)": (
+            model.algorithm not in (UNIGRAM, BPE)
+        ),
         "it has UNUSED pieces": any(piece.kind == UNUSED for piece in pieces),
     }
-    for reason, applies in unsupported.items():
-        if applies:
-            raise UnsupportedCheckpointError(
-                f"{path} cannot be written as tokenizer.json: {reason}; give a checkpoint that has "
-                "a tokenizer.json"
-            )
-    return model
+    return model, [reason for reason, applies in unsupported.items() if applies]
+
+
+def _piece(fields: dict[int, Any]) -> Piece:
+    (score,) = struct.unpack("<f", fields.get(2, bytes(4)))
+    kind = fields.get(3, NORMAL)
+    if kind not in range(NORMAL, BYTE + 1) or not math.isfinite(score):
+        raise ValueError(f"a piece has type {kind} and score {score}")
+    return Piece(fields.get(1, b"").decode(), score, kind)
 
 
 def _looks_like_tiktoken(data: bytes) -> bool:

@@ -6,9 +6,15 @@ spaces included. What is around it is transformers': control tokens are read in 
 tokens too, the configuration names BOS and EOS, and ``legacy`` says whether the space that
 sentencepiece puts before a text is put behind added tokens as well. Where the configuration says
 nothing of ``legacy``, it is older than that flag and means true, as in transformers 4;
-transformers 5 takes it for false. Two differences to transformers' own fast tokenizer are its
-errors against sentencepiece: it drops one of a text's leading spaces, and it takes no BOS where
-the configuration has no add_bos_token, against its documented default.
+transformers 5 takes it for false. In two more ways transformers 5 differs: it drops one of the
+spaces that a text begins with, where sentencepiece keeps them, and takes no BOS where the
+configuration has no add_bos_token, against its documentation.
+
+What the tokenizers library cannot do as sentencepiece does: order pairs of pieces that have one
+score (a warning tells of such vocabularies); round sums of Unigram's scores to 32 bits, which
+decides between ways of the same probability; normalise a decomposed character of more than five
+bytes as a whole. A user-defined piece gets no space before it where a text begins with it, as in
+transformers.
 """
 
 from __future__ import annotations
@@ -101,9 +107,9 @@ def write_tokenizer_json(source: Path, out_dir: Path) -> bool:
         tokenizer = byte_level
     else:
         return False
-    path = out_dir / TOKENIZER_JSON
-    tokenizer.save(str(path), pretty=False)
-    with path.open("rb") as file:
+    with (out_dir / TOKENIZER_JSON).open("w", encoding="utf-8") as file:
+        file.write(tokenizer.to_str())
+        file.flush()
         os.fsync(file.fileno())
     return True
 
@@ -117,6 +123,7 @@ class _Settings:
         config: tokenizer_config.json.
         tokenizer_class: Without ``Fast``; None where nothing tells it.
         named: Name such as ``bos_token`` -> token; None for one that there shall not be.
+        extra: More special tokens.
         added: Id -> token, of those whose id is told.
     """
 
@@ -217,6 +224,8 @@ def _from_sentencepiece(path: Path, settings: _Settings) -> Tokenizer:
     try:
         tokenizer = Tokenizer(_bpe(path, model) if model.algorithm == BPE else _unigram(model))
         _set_text_pipeline(tokenizer, model, settings)
+    except CheckpointError:
+        raise
     # The library raises bare Exception for whatever is wrong in what it is given.
     except Exception as error:
         raise CheckpointError(f"{path} makes no tokenizer: {error}") from error
@@ -246,7 +255,12 @@ def _added_tokens(model: SentencePieceModel, settings: _Settings) -> dict[int, A
     for token_id, piece in enumerate(model.pieces):
         told = tokens.get(token_id)
         if piece.kind == USER_DEFINED:
-            spaces = _SPACE in piece.text and (told is None or told.content == piece.text)
+            # Where runs of spaces are made one, there is nothing to find.
+            spaces = (
+                _SPACE in piece.text
+                and not model.remove_extra_whitespaces
+                and (told is None or told.content == piece.text)
+            )
             if told is None or spaces:
                 special = piece.text in _SPECIAL_USER_DEFINED
                 tokens[token_id] = AddedToken(piece.text, special=special, normalized=spaces)
@@ -260,7 +274,11 @@ def _named_by_configuration(
 ) -> tuple[Piece, ...]:
     """The vocabulary in which an added token has taken over the id of another piece."""
     return tuple(
-        Piece(added[token_id].content, 0.0, USER_DEFINED)
+        Piece(
+            added[token_id].content,
+            piece.score,
+            USER_DEFINED if piece.kind == NORMAL else piece.kind,
+        )
         if token_id in added and added[token_id].content != piece.text
         else piece
         for token_id, piece in enumerate(pieces)
@@ -309,9 +327,9 @@ def _with_reachable_characters(path: Path, model: SentencePieceModel) -> list[Pi
 def _merges(path: Path, pieces: Iterable[Piece], normal: set[str]) -> list[tuple[str, str]]:
     """All ways to make a piece of two, the best score first.
 
-    Sentencepiece merges the pair with the best score, of equal ones the leftmost; the tokenizers
-    library has an order of pairs. Two pairs that overlap, ``xy`` and ``yz``, make the same piece
-    only if it begins with ``y`` too, and then ``xy`` is the left one: such splits come first.
+    Sentencepiece merges the pair whose piece has the best score, of equal ones the leftmost; the
+    tokenizers library goes by the order of pairs. That is the same where no two pieces have the
+    same score.
     """
     ordered = sorted(
         (piece for piece in pieces if piece.kind == NORMAL and len(piece.text) > 1),
@@ -328,8 +346,7 @@ def _merges(path: Path, pieces: Iterable[Piece], normal: set[str]) -> list[tuple
     merges = []
     for piece in ordered:
         text = piece.text
-        splits = sorted(range(1, len(text)), key=lambda i: not text.startswith(text[i:]))
-        pairs = ((text[:i], text[i:]) for i in splits)
+        pairs = ((text[:i], text[i:]) for i in range(1, len(text)))
         merges += [pair for pair in pairs if pair[0] in normal and pair[1] in normal]
     return merges
 
@@ -346,18 +363,23 @@ def _set_text_pipeline(
     tokenizer: Tokenizer, model: SentencePieceModel, settings: _Settings
 ) -> None:
     """Normaliser, prefix and decoder."""
+    prefix = settings.flag("add_prefix_space", model.add_dummy_prefix)
     steps: list[normalizers.Normalizer] = []
     if model.charsmap:
         steps.append(normalizers.Precompiled(model.charsmap))
+    inner_space: str | Regex = " "
     if model.remove_extra_whitespaces:
-        steps.append(normalizers.Replace(Regex(rf"\A +|[ {_SPACE}]+\z"), ""))
+        steps.append(normalizers.Replace(Regex(rf"[ {_SPACE}]+\z"), ""))
         steps.append(normalizers.Replace(Regex(" {2,}"), " "))
-    steps.append(normalizers.Replace(" ", _SPACE))
+        if prefix:
+            inner_space = Regex(r"(?!\A) ")  # one at the start of the text is the prefix
+        else:
+            steps.append(normalizers.Replace(Regex(r"\A "), ""))
+    steps.append(normalizers.Replace(inner_space, _SPACE))
     tokenizer.normalizer = normalizers.Sequence(steps)
-    prefix = settings.flag("add_prefix_space", model.add_dummy_prefix)
     if prefix:
-        # Metaspace puts its character only before a text that does not begin with it. After the
-        # normaliser no text begins with a space: this way the prefix comes before leading ▁ too.
+        # Metaspace puts its character only before a text that does not begin with it. The
+        # normaliser has made ▁ of the text's own spaces: this way the prefix comes before them.
         scheme = "always" if settings.flag("legacy", True) else "first"
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -405,15 +427,10 @@ def _from_vocab_and_merges(source: Path, settings: _Settings) -> Tokenizer | Non
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     tokenizer.decoder = decoders.ByteLevel()
     default = AddedToken(_BYTE_LEVEL_DEFAULT_TOKEN, special=True, normalized=False)
-    names = (
-        ("eos_token",)
-        if settings.tokenizer_class == "Qwen2Tokenizer"
-        else (
-            "bos_token",
-            "eos_token",
-        )
-    )
-    settings = replace(settings, named=dict.fromkeys(names, default) | dict(settings.named))
+    defaults = dict.fromkeys(("unk_token", "eos_token"), default)
+    if settings.tokenizer_class == "GPT2Tokenizer":
+        defaults["bos_token"] = default
+    settings = replace(settings, named={**defaults, **settings.named})
     _add_tokens(tokenizer, settings, dict(settings.added))
     _set_post_processor(tokenizer, settings, add_bos_default=False)
     return tokenizer
@@ -426,11 +443,10 @@ def _add_tokens(tokenizer: Tokenizer, settings: _Settings, added: dict[int, Adde
     for token in (*settings.named.values(), *settings.extra):
         if token is None:
             continue
-        if known := by_content.get(token.content):
-            known.special = True
-        else:
+        if token.content not in by_content:
             by_content[token.content] = token
             new.append(token)
+        by_content[token.content].special = True
     tokenizer.add_tokens([token for _, token in sorted(added.items(), key=lambda item: item[0])])
     tokenizer.add_tokens(new)
     for token_id, token in added.items():
