@@ -1,4 +1,4 @@
-"""Whatever the user names -> a native engine directory, with the missing steps done once.
+"""Whatever the user names -> an engine directory, with the missing steps done once.
 
 What is built on the way is kept in a cache directory ($LLMSERVE_CACHE, else ``llmserve`` under
 $XDG_CACHE_HOME or ~/.cache), keyed by the source's files and all settings. A lock per key makes a
@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from llmserve.checkpoint.config_file import KIND_NAMES, ArtifactKind, artifact_kind
 from llmserve.checkpoint.engine_dir import ENGINE_VERSION
@@ -23,6 +24,9 @@ from llmserve.checkpoint.progress import Report, no_report
 from llmserve.config import QUANT_ALGOS, BuildConfig, DType, check_choice
 from llmserve.convert.hub import locate
 from llmserve.errors import CheckpointError, ConfigError, UnsupportedCheckpointError
+from llmserve.runtime.tensorrt_llm_release import TensorRTLLMRelease, required_release
+
+Backend = Literal["auto", "native", "tensorrt-llm"]
 
 
 def ensure_engine(
@@ -31,10 +35,11 @@ def ensure_engine(
     dtype: DType = "auto",
     quant: str | None = None,
     build_config: BuildConfig | None = None,
+    backend: Backend = "auto",
     cache_dir: Path | None = None,
     report: Report = no_report,
 ) -> Path:
-    """Return the native engine directory of a model, converting and building what is missing.
+    """Return a directory that an engine can run, converting and building what is missing.
 
     Args:
         model: An engine, a TensorRT-LLM checkpoint, a Hugging Face checkpoint, or a Hub id.
@@ -42,11 +47,13 @@ def ensure_engine(
         quant: 'none', 'w8a16' or 'fp8_rowwise', None for 'none'; only for a Hugging Face one.
         build_config: Limits of an engine built here; an engine that is there has its own, which
             whoever starts it may lower.
+        backend: Which engine is to run it; 'auto' takes TensorRT-LLM for its own engines alone.
         cache_dir: Where results are kept; None for the default.
         report: Told of the progress of both stages.
 
     Returns:
-        ``model`` itself if it is an engine, else a directory in the cache.
+        ``model`` itself if it can be run as it is, else a directory in the cache: an engine of the
+        native runtime or of TensorRT-LLM. (From 1.3 on, that runs Hugging Face checkpoints.)
 
     Raises:
         ConfigError: ``dtype`` or ``quant`` for something whose weights are fixed already.
@@ -56,22 +63,29 @@ def ensure_engine(
         check_choice("quant", quant, tuple(QUANT_ALGOS))
     source = locate(str(model))
     kind = artifact_kind(source)
+    release = None
     if kind == "tensorrt_llm_engine":
-        raise UnsupportedCheckpointError(
-            f"{source} is {KIND_NAMES[kind]}, which is not implemented here yet; "
-            "give the checkpoint it was built from"
-        )
-    if kind != "huggingface":
+        if backend == "native":
+            raise UnsupportedCheckpointError(
+                f"{source} is {KIND_NAMES[kind]}, which the native backend cannot run; give the "
+                "checkpoint it was built from, or leave --backend out"
+            )
+    elif backend == "tensorrt-llm":
+        release = _release_for(source, kind)
+    as_it_is = kind.endswith("engine") or (release is not None and not release.has_engines)
+    if kind != "huggingface" or as_it_is:
         _refuse_fixed(source, kind, dtype, quant)
-    if kind == "engine":
+    if as_it_is:
         return source
     limits = build_config or BuildConfig()
     settings = {"dtype": dtype, "quant": quant or "none", **dataclasses.asdict(limits)}
+    if release is not None:
+        settings["builder"] = str(release)
     cache = (cache_dir or default_cache_dir()) / "engines"
     engine = cache / f"{source.resolve().name}-{_key(source, settings)}"
     with _locked(engine):
         if not engine.exists():
-            _make(source, kind, engine, dtype, quant or "none", limits, report)
+            _make(source, kind, engine, dtype, quant or "none", limits, report, release)
     return engine
 
 
@@ -91,13 +105,20 @@ def _make(
     quant: str,
     limits: BuildConfig,
     report: Report,
+    release: TensorRTLLMRelease | None,
 ) -> None:
     # Imported here: a server started on a finished engine does without torch in this process.
-    from llmserve.build.native import build
+    from llmserve.build import native, tensorrt_llm
     from llmserve.convert.converter import convert
 
+    def build(checkpoint: Path) -> None:
+        if release is None:
+            native.build(checkpoint, engine, limits, report=report)
+        else:
+            tensorrt_llm.build(checkpoint, engine, limits)
+
     if kind == "checkpoint":
-        build(source, engine, limits, report=report)
+        build(source)
         return
     # The checkpoint between is as large as the source and is not kept. One that is found was left
     # by a process that was killed while it built: it is whole, so that step is done.
@@ -105,9 +126,25 @@ def _make(
     if not checkpoint.exists():
         convert(source, checkpoint, quant=quant, dtype=dtype, report=report)
     try:
-        build(checkpoint, engine, limits, report=report)
+        build(checkpoint)
     finally:
         shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def _release_for(source: Path, kind: ArtifactKind) -> TensorRTLLMRelease:
+    """The installed TensorRT-LLM, if it can run what is made of an artefact, or the artefact."""
+    if kind == "engine":
+        raise ConfigError(
+            f"backend is 'tensorrt-llm', but {source} is an engine for the native backend; give "
+            "the checkpoint it was built from"
+        )
+    release = required_release()
+    if kind == "checkpoint" and not release.has_engines:
+        raise UnsupportedCheckpointError(
+            f"{source} is {KIND_NAMES[kind]}, and {release}, which is installed, runs Hugging Face "
+            "checkpoints alone: make one with `llmserve convert --format hf`"
+        )
+    return release
 
 
 def _refuse_fixed(source: Path, kind: ArtifactKind, dtype: DType, quant: str | None) -> None:

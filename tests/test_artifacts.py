@@ -116,12 +116,17 @@ def test_fixed_weights_take_no_settings(source: Path, tmp_path: Path) -> None:
         ensure_engine(source, quant="int3")
 
 
-def test_engines_of_tensorrt_llm_itself_are_refused(tmp_path: Path) -> None:
+def test_engines_of_tensorrt_llm_itself_are_taken_as_they_are(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "config.json").write_text(
         json.dumps({"version": "1.2.1", "pretrained_config": {}, "build_config": {}})
     )
-    with pytest.raises(UnsupportedCheckpointError, match="not implemented here yet"):
-        ensure_engine(tmp_path)
+    assert ensure_engine(tmp_path) == tmp_path
+    assert ensure_engine(tmp_path, backend="tensorrt-llm") == tmp_path
+    assert not cache.exists()
+    with pytest.raises(UnsupportedCheckpointError, match="native backend cannot run"):
+        ensure_engine(tmp_path, backend="native")
+    with pytest.raises(ConfigError, match="quant is 'w8a16'"):
+        ensure_engine(tmp_path, quant="w8a16")
 
 
 def test_a_cache_that_cannot_be_written_is_named(source: Path, tmp_path: Path) -> None:

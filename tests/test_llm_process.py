@@ -67,7 +67,7 @@ async def test_open_llm_starts_the_engine_of_a_model(tmp_path, monkeypatch):
     llm = await open_llm("owner/name", dtype="float16", quant="w8a16", engine_config=config)
     try:
         expected = {"dtype": "float16", "quant": "w8a16", "build_config": None}
-        assert asked == {"model": "owner/name", **expected}
+        assert asked == {"model": "owner/name", "backend": "auto", **expected}
         assert (llm.model_dir, llm.engine.info.max_seq_len) == (directory, 64)
         assert llm.generation_config.eos_token_ids == (EOS_ID, IM_END_ID)
         stream = llm.generate([5, 6], PARAMS, request_id="r")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from llmserve.cli import COMMANDS, Subparsers
 from llmserve.cli.progress import ProgressReport
 from llmserve.config import BuildConfig
+from llmserve.errors import ConfigError
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -39,6 +41,18 @@ def add_parser(subparsers: Subparsers) -> None:
         default=default.tokens_per_block,
         help="tokens in one block of the KV cache (default: %(default)s)",
     )
+    parser.add_argument(
+        "--backend",
+        choices=("native", "tensorrt-llm"),
+        default="native",
+        help="tensorrt-llm runs TensorRT-LLM 1.2's own trtllm-build (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--trtllm-build-args",
+        type=shlex.split,
+        metavar="ARGS",
+        help="more arguments of trtllm-build: --trtllm-build-args='--gemm_plugin auto'",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,9 +69,18 @@ def run(args: argparse.Namespace) -> int:
     # Looked at before torch is imported, so that a wrong path is answered at once.
     check_free(args.output.expanduser())
     check_kind(args.checkpoint.expanduser(), "checkpoint")
-    from llmserve.build.native import build
+    if args.backend == "tensorrt-llm":
+        from llmserve.build import tensorrt_llm
 
-    with ProgressReport() as report:
-        out = build(args.checkpoint, args.output, limits, report=report)
+        out = tensorrt_llm.build(
+            args.checkpoint, args.output, limits, extra_arguments=args.trtllm_build_args or ()
+        )
+    else:
+        if args.trtllm_build_args is not None:
+            raise ConfigError("--trtllm-build-args is for --backend tensorrt-llm: leave it out")
+        from llmserve.build import native
+
+        with ProgressReport() as report:
+            out = native.build(args.checkpoint, args.output, limits, report=report)
     print(f"built the engine {out}; next: llmserve serve {out}")
     return 0

@@ -38,7 +38,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokens-per-block", type=int, help="tokens in one block of the KV cache")
     group.add_argument(
         "--kv-cache-memory",
-        type=_size,
+        type=size_option,
         metavar="SIZE",
         help="most memory of the KV cache, such as 2GiB",
     )
@@ -52,6 +52,23 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--no-block-reuse",
         action="store_true",
         help="do not share the KV cache between requests with the same beginning",
+    )
+
+
+def add_backend_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says which engine runs the model."""
+    group = parser.add_argument_group("backend")
+    group.add_argument(
+        "--backend",
+        choices=("auto", "native", "tensorrt-llm"),
+        default="auto",
+        help="auto takes TensorRT-LLM for engines that it has built, and the native one for all "
+        "else (default: %(default)s)",
+    )
+    group.add_argument(
+        "--gather-generation-logits",
+        action="store_true",
+        help="let an engine of TensorRT-LLM's give log-probabilities, at some cost in speed",
     )
 
 
@@ -81,7 +98,8 @@ def default_model_name(model: str) -> str:
     return path.resolve().name if path.exists() else model.partition("@")[0]
 
 
-def _size(text: str) -> int:
+def size_option(text: str) -> int:
+    """A size such as 2GiB, as an argparse type."""
     try:
         return parse_bytes(text)
     except ConfigError as error:

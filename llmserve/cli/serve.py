@@ -11,7 +11,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmserve.cli import COMMANDS, Subparsers
-from llmserve.cli.engine_options import add_engine_options, default_model_name, engine_config
+from llmserve.cli.engine_options import (
+    add_backend_options,
+    add_engine_options,
+    default_model_name,
+    engine_config,
+)
 from llmserve.cli.progress import ProgressReport
 from llmserve.errors import ConfigError
 
@@ -33,6 +38,7 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     _add_server_options(parser)
     add_engine_options(parser)
+    add_backend_options(parser)
 
 
 def _add_server_options(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
     import asyncio
 
     from llmserve.artifacts import ensure_engine
-    from llmserve.llm import AsyncLLM, open_llm
+    from llmserve.llm import AsyncLLM
+    from llmserve.llm.async_llm import open_engine
     from llmserve.server.run import bind, run_server
     from llmserve.server.settings import ServerSettings
 
@@ -74,12 +81,21 @@ def run(args: argparse.Namespace) -> int:
         # from an event loop.
         with ProgressReport() as report:
             engine_dir = ensure_engine(
-                args.model, dtype=args.dtype, quant=args.quant, report=report
+                args.model,
+                dtype=args.dtype,
+                quant=args.quant,
+                backend=args.backend,
+                report=report,
             )
 
         async def load() -> AsyncLLM:
             logger.info("loading %s; %s answers 503 until that is done", engine_dir, url)
-            return await open_llm(engine_dir, engine_config=config)
+            return await open_engine(
+                engine_dir,
+                engine_config=config,
+                backend=args.backend,
+                gather_generation_logits=args.gather_generation_logits,
+            )
 
         def announce(llm: AsyncLLM) -> None:
             print(f"serving {name} on {url}: {describe_capacity(llm.engine.info)}")

@@ -8,14 +8,16 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from llmserve.artifacts import ensure_engine
+from llmserve.artifacts import Backend, ensure_engine
+from llmserve.checkpoint.config_file import CONFIG_FILE, artifact_kind
 from llmserve.config import BuildConfig, DType, EngineConfig
 from llmserve.core.request import FinishReason, Output, Request
 from llmserve.core.sampling_params import SamplingParams
 from llmserve.engine.admission import check_request
 from llmserve.engine.engine import Engine
 from llmserve.engine.process import ProcessEngine
-from llmserve.errors import EngineDeadError, EngineError, InvalidRequestError
+from llmserve.engine.tensorrt_llm import TensorRTLLMEngine
+from llmserve.errors import ConfigError, EngineDeadError, EngineError, InvalidRequestError
 from llmserve.llm.answer import Answer
 from llmserve.llm.outputs import RequestOutput
 from llmserve.tokenizer import GenerationConfig, Tokenizer
@@ -280,6 +282,7 @@ async def open_llm(
     quant: str | None = None,
     build_config: BuildConfig | None = None,
     engine_config: EngineConfig | None = None,
+    backend: Backend = "auto",
 ) -> AsyncLLM:
     """Open a model: make its engine if that is not done yet, and start it.
 
@@ -291,6 +294,7 @@ async def open_llm(
         quant: Of an HF checkpoint's conversion: 'none', 'w8a16', 'fp8_rowwise'.
         build_config: Limits of an engine that is built here.
         engine_config: What the engine is started with.
+        backend: Which engine runs it; 'auto' takes TensorRT-LLM for its own engines alone.
 
     Returns:
         An AsyncLLM whose engine is ready; ``await llm.engine.shutdown()`` when done.
@@ -301,9 +305,16 @@ async def open_llm(
         EngineError: The engine did not start.
     """
     engine_dir = await asyncio.to_thread(
-        ensure_engine, model, dtype=dtype, quant=quant, build_config=build_config
+        ensure_engine,
+        model,
+        dtype=dtype,
+        quant=quant,
+        build_config=build_config,
+        backend=backend,
     )
-    return await open_engine(engine_dir, tokenizer=tokenizer, engine_config=engine_config)
+    return await open_engine(
+        engine_dir, tokenizer=tokenizer, engine_config=engine_config, backend=backend
+    )
 
 
 async def open_engine(
@@ -311,11 +322,44 @@ async def open_engine(
     *,
     tokenizer: Tokenizer | str | Path | None = None,
     engine_config: EngineConfig | None = None,
+    backend: Backend = "auto",
+    gather_generation_logits: bool = False,
 ) -> AsyncLLM:
-    """Start the engine in a directory; see ``open_llm``."""
+    """Start the engine in a directory; see ``open_llm``.
+
+    ``gather_generation_logits`` lets an engine of TensorRT-LLM's give log-probabilities.
+    """
     if not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.from_directory(tokenizer or engine_dir)
     generation_config = GenerationConfig.from_directory(engine_dir, tokenizer)
-    engine = ProcessEngine(engine_dir, engine_config)
+    engine: Engine
+    if runs_on_tensorrt_llm(engine_dir, backend):
+        engine = TensorRTLLMEngine(
+            engine_dir, engine_config, gather_generation_logits=gather_generation_logits
+        )
+    elif gather_generation_logits:
+        raise ConfigError(
+            "gather_generation_logits is for engines of TensorRT-LLM; the native backend gives "
+            "log-probabilities without it: leave it out"
+        )
+    else:
+        engine = ProcessEngine(engine_dir, engine_config)
     await engine.start()
     return AsyncLLM(engine, tokenizer, generation_config, engine_dir)
+
+
+def runs_on_tensorrt_llm(engine_dir: Path, backend: Backend) -> bool:
+    """Which engine a directory is for: TensorRT-LLM, or else the native one.
+
+    Raises:
+        ConfigError: TensorRT-LLM is asked for and the engine is a native one.
+    """
+    # What has no config.json is refused by the native engine.
+    has_config = (engine_dir / CONFIG_FILE).is_file()
+    kind = artifact_kind(engine_dir) if has_config else "engine"
+    if backend == "tensorrt-llm" and kind == "engine":
+        raise ConfigError(
+            f"backend is 'tensorrt-llm', but {engine_dir} is an engine for the native backend; "
+            "give the checkpoint it was built from"
+        )
+    return backend == "tensorrt-llm" or (backend == "auto" and kind == "tensorrt_llm_engine")
