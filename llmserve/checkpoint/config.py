@@ -23,8 +23,41 @@ ARCHITECTURES = (
     *("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"),
     "Phi3ForCausalLM",
 )
-# Activations of a gated MLP. TensorRT-LLM says swiglu where gate and up are one weight, fc.
-ACTIVATIONS = ("silu", "swiglu", "gelu_pytorch_tanh")
+_QWEN_TYPES = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
+_GEMMAS = ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM")
+_MOES = ("MixtralForCausalLM", "Qwen3MoeForCausalLM")
+_QK_LAYERNORMS = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Gemma3ForCausalLM")
+_INTER_LAYERNORMS = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
+# Which architectures may have a key: elsewhere TensorRT-LLM does not read it, or has no such model.
+_ARCHITECTURES_WITH: dict[str, tuple[str, ...]] = {
+    "moe": _MOES,
+    "moe_intermediate_size": _MOES,
+    "qk_layernorm": _QK_LAYERNORMS,
+    "inter_layernorms": _INTER_LAYERNORMS,
+    "query_pre_attn_scalar": _INTER_LAYERNORMS,
+    "final_logit_softcapping": _INTER_LAYERNORMS,
+    "attn_logit_softcapping": ("Gemma2ForCausalLM",),
+    "rope_local_base_freq": ("Gemma3ForCausalLM",),
+    "original_max_position_embeddings": ("Phi3ForCausalLM",),
+    "longrope_scaling_short_factors": ("Phi3ForCausalLM",),
+    "longrope_scaling_long_factors": ("Phi3ForCausalLM",),
+    "qwen_type": tuple(_QWEN_TYPES),
+    "mlp_bias": ("LlamaForCausalLM", "MistralForCausalLM"),
+    "attn_bias": ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM"),
+    "sliding_window": tuple(
+        name for name in ARCHITECTURES if name not in ("LlamaForCausalLM", "GemmaForCausalLM")
+    ),
+}
+# Keys without which the architecture would be another.
+_ARCHITECTURES_NEED: dict[str, tuple[str, ...]] = {
+    "moe": _MOES,
+    "inter_layernorms": _INTER_LAYERNORMS,
+    "query_pre_attn_scalar": _INTER_LAYERNORMS,
+}
 
 # Keys that other writers add and that say nothing about the arithmetic. TensorRT-LLM copies
 # tie_word_embeddings from its source and never reads it: tied is what has no lm_head.
@@ -54,6 +87,8 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "lm_head_bias": (False,),
     "use_logn_attn": (False,),
     "moe_shared_expert_intermediate_size": (None, 0),
+    "mlp_only_layers": (None, []),
+    "decoder_sparse_step": (1,),
 }
 
 
@@ -154,7 +189,8 @@ class PretrainedConfig:
         architecture: One of ``ARCHITECTURES``.
         dtype: 'float16', 'bfloat16' or 'float32': weights that are not quantised, activations, KV.
         head_size: Elements of one head; need not be hidden_size / num_attention_heads.
-        hidden_act: One of ``ACTIVATIONS``.
+        hidden_act: 'silu', 'gelu_pytorch_tanh' for a Gemma; TensorRT-LLM says 'swiglu' where gate
+            and up are one weight, fc: in Phi-3 and in experts.
         position_embedding_type: 'rope_gpt_neox' or 'long_rope'.
         rotary_base: rope theta.
         rotary_scaling: Hugging Face's rope_scaling verbatim, or None.
@@ -267,10 +303,12 @@ class PretrainedConfig:
         """The JSON object of config.json: TensorRT-LLM's common keys, and what the family adds."""
         data = asdict(self)
         for name in _FAMILY_KEYS:
-            if data[name] in (None, False):
+            if data[name] is None or data[name] is False:
                 del data[name]
         if self.rotary_pct == 1.0:
             del data["rotary_pct"]
+        if self.sliding_window_pattern is not None:
+            data[_PATTERN_ON_DISK] = data.pop("sliding_window_pattern")
         return data
 
     @classmethod
@@ -284,6 +322,8 @@ class PretrainedConfig:
         data = dict(data)
         _drop_neutral_keys(data)
         rotary_embedding_dim = data.pop("rotary_embedding_dim", None)
+        if _PATTERN_ON_DISK in data:
+            data["sliding_window_pattern"] = data.pop(_PATTERN_ON_DISK)
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(data) - known):
             raise UnsupportedCheckpointError(
@@ -313,6 +353,12 @@ class PretrainedConfig:
         values.setdefault("num_key_value_heads", values["num_attention_heads"])
         values.setdefault("intermediate_size", 4 * values["hidden_size"])
         values.setdefault("head_size", values["hidden_size"] // values["num_attention_heads"])
+        if values["architecture"] == "Qwen2ForCausalLM":
+            values.setdefault("attn_bias", True)
+        if values["architecture"] in _GEMMAS:
+            values.setdefault("share_embedding_table", True)
+        if values["architecture"] in _QK_LAYERNORMS:
+            values["qk_layernorm"] = True  # TensorRT-LLM goes by the architecture alone
         config = cls(**parts, **values)
         config._check()
         if rotary_embedding_dim not in (None, config.rotary_dim):
@@ -328,16 +374,17 @@ class PretrainedConfig:
             "architecture": ARCHITECTURES,
             "dtype": DTYPES,
             "logits_dtype": DTYPES,
-            "hidden_act": ACTIVATIONS,
+            "hidden_act": (self._activation(),),
             "position_embedding_type": ("rope_gpt_neox", "long_rope"),
             "embedding_sharding_dim": (0,),
         }
         for name, choices in implemented.items():
             if (value := getattr(self, name)) not in choices:
                 raise UnsupportedCheckpointError(
-                    f"{name} {value!r} is not implemented; it must be one of "
-                    f"{', '.join(map(str, choices))}"
+                    f"{name} {value!r} is not implemented for {self.architecture}; it must be "
+                    f"{' or '.join(map(str, choices))}"
                 )
+        self._check_architecture()
         for name in _POSITIVE_KEYS:
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise CheckpointError(f"{name} is {value}; it must be positive")
@@ -352,22 +399,56 @@ class PretrainedConfig:
             )
         if self.rotary_dim % 2 or not 0 < self.rotary_pct <= 1:
             raise CheckpointError(
-                f"head_size {self.head_size} with rotary_pct {self.rotary_pct} rotates "
-                f"{self.rotary_dim} elements of a head; rotary embeddings need an even number"
-            )
-        if self.inter_layernorms != (self.architecture in _INTER_LAYERNORMS):
-            raise UnsupportedCheckpointError(
-                f"inter_layernorms {self.inter_layernorms} is not implemented for "
-                f"{self.architecture}"
+                f"head_size is {self.head_size} and rotary_pct {self.rotary_pct}: "
+                f"{self.rotary_dim} elements of a head would be rotated, and that must be an even "
+                "number from 2 to head_size"
             )
         check_rotary_scaling(self.rotary_scaling, self.max_position_embeddings)
         self._check_long_rope()
 
+    def _activation(self) -> str:
+        if self.architecture in _GEMMAS:
+            return "gelu_pytorch_tanh"
+        return "swiglu" if self.architecture in (*_MOES, "Phi3ForCausalLM") else "silu"
+
+    def _check_architecture(self) -> None:
+        """Raise for a key that the architecture has not, or cannot be without."""
+        for name, architectures in _ARCHITECTURES_WITH.items():
+            value = getattr(self, name)
+            if value not in (None, False) and self.architecture not in architectures:
+                raise UnsupportedCheckpointError(
+                    f"{name} {value!r} is not implemented for {self.architecture}; it is for "
+                    f"{', '.join(architectures)}"
+                )
+        for name, architectures in _ARCHITECTURES_NEED.items():
+            if self.architecture in architectures and getattr(self, name) in (None, False):
+                raise CheckpointError(f"config.json lacks {name}; {self.architecture} needs it")
+        qwen_type = _QWEN_TYPES.get(self.architecture)
+        if self.qwen_type not in (None, qwen_type):
+            raise CheckpointError(
+                f"qwen_type is {self.qwen_type!r}; of {self.architecture} it must be {qwen_type!r}"
+            )
+        if self.rotary_pct != 1.0 and self.architecture != "Phi3ForCausalLM":
+            raise UnsupportedCheckpointError(
+                f"rotary_pct {self.rotary_pct} is not implemented for {self.architecture}"
+            )
+
     def _check_long_rope(self) -> None:
+        original = self.original_max_position_embeddings
         if self.position_embedding_type != "long_rope":
+            if original is not None or self.longrope_scaling_long_factors is not None:
+                raise CheckpointError(
+                    f"position_embedding_type is {self.position_embedding_type!r}; with "
+                    "longrope_scaling_long_factors it must be 'long_rope'"
+                )
             return
-        if self.original_max_position_embeddings is None:
-            raise CheckpointError("config.json lacks original_max_position_embeddings (long_rope)")
+        if original is None or original < 2:
+            raise CheckpointError(
+                f"original_max_position_embeddings is {original}; for long_rope it must be at "
+                "least 2"
+            )
+        if self.rotary_scaling is not None:
+            raise UnsupportedCheckpointError("rotary_scaling is not implemented with long_rope")
         for name in ("longrope_scaling_short_factors", "longrope_scaling_long_factors"):
             factors = getattr(self, name)
             if factors is None or len(factors) != self.rotary_dim // 2 or min(factors) <= 0:
@@ -395,7 +476,8 @@ _FAMILY_KEYS = (
     *("final_logit_softcapping", "original_max_position_embeddings", "qwen_type", "moe"),
     *("longrope_scaling_short_factors", "longrope_scaling_long_factors", "moe_intermediate_size"),
 )
-_INTER_LAYERNORMS = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
+# TensorRT-LLM 1.2's name of it.
+_PATTERN_ON_DISK = "_sliding_window_pattern"
 # Every layer's tensors are listed by name: a damaged number must not fill the memory with names.
 _MAX_LAYERS = 10_000
 

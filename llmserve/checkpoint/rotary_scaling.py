@@ -42,6 +42,12 @@ def check_rotary_scaling(scaling: Mapping[str, Any] | None, max_position_embeddi
         CheckpointError: A number that the type needs is missing or not positive.
     """
     kind = rope_type(scaling)
+    if kind == "yarn":
+        raise UnsupportedCheckpointError(
+            "rotary scaling of type 'yarn' is not implemented; without it the model works up to "
+            "its original context: remove the scaling and set max_position_embeddings to its "
+            "original_max_position_embeddings"
+        )
     if kind not in _REQUIRED_KEYS:
         raise UnsupportedCheckpointError(
             f"rotary scaling of type {kind!r} is not implemented; these are: "

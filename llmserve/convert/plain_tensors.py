@@ -47,9 +47,16 @@ class PlainTensors:
                 what is infinite in the plan's dtype.
         """
         target = self._target(name)
-        parts = [self._rows(source, target) for source in target.sources]
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole.reshape(target.spec.shape)
+        if len(target.sources) == 1:
+            return self._rows(target.sources[0], target).reshape(target.spec.shape)
+        whole = torch.empty(target.spec.shape, dtype=target.spec.dtype)
+        rows = whole.view(-1, *target.spec.shape[-1:]) if whole.ndim > 1 else whole
+        begin = 0
+        for source in target.sources:
+            part = self._rows(source, target)
+            rows[begin : begin + len(part)] = part
+            begin += len(part)
+        return whole
 
     def _target(self, name: str) -> Target:
         if name not in self._targets:
@@ -58,6 +65,8 @@ class PlainTensors:
 
     def _rows(self, source: Source, target: Target) -> torch.Tensor:
         tensor = self._checkpoint.tensor(source.name)
+        if tensor.ndim > 1:
+            tensor = tensor.reshape(-1, tensor.shape[-1])
         if source.rows is not None:
             tensor = tensor[source.rows[0] : source.rows[1]]
         result = (tensor.float() + target.offset if target.offset else tensor).to(target.spec.dtype)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from llmserve.checkpoint.config import PretrainedConfig
-from llmserve.checkpoint.decoder_tensors import EMBEDDING, LM_HEAD, plain_tensors
+from llmserve.checkpoint.decoder_tensors import EMBEDDING, FINAL_NORM, LM_HEAD, plain_tensors
 from llmserve.checkpoint.huggingface import HuggingFaceCheckpoint
 from llmserve.checkpoint.tensor_spec import TensorSpec
 from llmserve.convert.families.family import Family
@@ -67,18 +68,22 @@ def make_plan(
         CheckpointError: A tensor is missing, left over, or of the wrong shape or dtype.
     """
     targets = plain_tensors(config)
-    sources = _match(checkpoint, family, config, targets)
+    found = _match(checkpoint, family, config, targets)
     plan = []
     for name, spec in targets.items():
-        parts = [Source(name=source) for source in sources[name]]
-        if name.partition(".layers.")[2].partition(".")[2] in family.swapped_halves:
-            rows = math.prod(spec.shape[:-1])
-            halves = ((rows // 2, rows), (0, rows // 2))
-            parts = [Source(name=parts[0].name, rows=half) for half in halves]
-        is_norm = "norm" in name or name == "transformer.ln_f.weight"
+        sources = [part for item in found[name] for part in _parts(item, family)]
+        is_norm = "norm" in name or name == FINAL_NORM
         offset = family.norm_offset if is_norm else 0.0
-        plan.append(Target(name=name, spec=spec, sources=tuple(parts), offset=offset))
+        plan.append(Target(name=name, spec=spec, sources=tuple(sources), offset=offset))
     return plan
+
+
+class _Found(NamedTuple):
+    """A Hugging Face tensor of a target: its name, the pattern it is filled in from, its shape."""
+
+    name: str
+    pattern: str
+    shape: tuple[int, ...]
 
 
 def _match(
@@ -86,55 +91,74 @@ def _match(
     family: Family,
     config: PretrainedConfig,
     targets: dict[str, TensorSpec],
-) -> dict[str, list[str]]:
-    """The Hugging Face names of each target, in order; nothing is missing or left over."""
+) -> dict[str, list[_Found]]:
+    """The Hugging Face tensors of each target, in order; nothing is missing or left over."""
     unused = set(checkpoint.names())
-    found: dict[str, list[tuple[int, str]]] = {name: [] for name in targets}
-    for name, target, expert in _expanded(family, config):
-        if target is None:
-            unused.discard(name)
-        elif target in targets:
-            found[target].append((expert, name))
-        elif target == LM_HEAD and name in unused:
-            _check_tied(checkpoint, found[EMBEDDING][0][1], name)
-            unused.discard(name)
-    # Expert by expert; the sort is stable, so within one the order is the table's.
-    sources = {
-        target: [name for _, name in sorted(parts, key=lambda part: part[0])]
-        for target, parts in found.items()
-    }
-    for target, names in sources.items():
-        for name, rows in zip(names, _rows(target, targets, len(names), config), strict=True):
+    usual = names_by_target(family.tensors, config)
+    other = names_by_target(family.other_spelling, config)
+    found: dict[str, list[_Found]] = {}
+    for target, spec in targets.items():
+        named = usual[target]
+        if any(name in unused for name, _ in other.get(target, ())):
+            named = other[target]
+        rows = source_rows(target, spec, len(named), config)
+        found[target] = []
+        for (name, pattern), count in zip(named, rows, strict=True):
             if name not in unused:
                 raise CheckpointError(f"{checkpoint.path} lacks the tensor {name}")
             unused.remove(name)
-            spec = targets[target]
-            shape = (rows, *spec.shape[-1:]) if len(spec.shape) > 1 else (rows,)
+            # A tensor of all experts has the target's shape, one of a single expert is a matrix.
+            shape = (count, *spec.shape[-1:]) if len(spec.shape) > 1 else (count,)
+            shape = spec.shape if len(spec.shape) > 2 and "{e}" not in pattern else shape
             _check_source(checkpoint, name, shape)
+            found[target].append(_Found(name, pattern, shape))
+    unused -= {name for name, _ in usual.get(None, ())}
+    for lm_head, _ in usual[LM_HEAD]:
+        if lm_head in unused:
+            _check_tied(checkpoint, found[EMBEDDING][0].name, lm_head)
+            unused.remove(lm_head)
     if unused:
         raise CheckpointError(_left_over(checkpoint, sorted(unused), config))
-    return sources
+    return found
 
 
-def _expanded(family: Family, config: PretrainedConfig) -> list[tuple[str, str | None, int]]:
-    """The family's table with layers and experts filled in: name, target, expert."""
+def names_by_target(
+    table: Mapping[str, str | None], config: PretrainedConfig
+) -> dict[str | None, list[tuple[str, str]]]:
+    """A table with layers and experts filled in: the names of a target, each with its pattern."""
     experts = config.moe.num_experts if config.moe is not None else 0
-    expanded: list[tuple[str, str | None, int]] = []
-    for pattern, target in family.tensors.items():
+    names: dict[str | None, list[tuple[int, str, str]]] = {}
+    for pattern, target in table.items():
         for layer in range(config.num_hidden_layers) if "{i}" in pattern else (0,):
-            name = pattern.replace("{i}", str(layer))
             place = target and target.replace("{i}", str(layer))
-            numbers = range(experts) if "{e}" in pattern else (0,)
-            expanded += [(name.replace("{e}", str(e)), place, e) for e in numbers]
-    return expanded
+            for expert in range(experts) if "{e}" in pattern else (0,):
+                name = pattern.replace("{i}", str(layer)).replace("{e}", str(expert))
+                names.setdefault(place, []).append((expert, name, pattern))
+    # Expert by expert; the sort is stable, so within one the order is the table's.
+    return {
+        place: [(name, pattern) for _, name, pattern in sorted(parts, key=lambda part: part[0])]
+        for place, parts in names.items()
+    }
 
 
-def _rows(
-    target: str, targets: dict[str, TensorSpec], count: int, config: PretrainedConfig
+def _parts(found: _Found, family: Family) -> list[Source]:
+    """The rows of a tensor in the order of the target: gate and up change places."""
+    if found.pattern not in family.swapped_halves:
+        return [Source(name=found.name)]
+    rows = math.prod(found.shape[:-1])
+    half = rows // (2 * (found.shape[0] if len(found.shape) > 2 else 1))
+    return [
+        Source(name=found.name, rows=(begin, begin + half))
+        for gate in range(0, rows, 2 * half)
+        for begin in (gate + half, gate)
+    ]
+
+
+def source_rows(
+    target: str, spec: TensorSpec, count: int, config: PretrainedConfig
 ) -> Sequence[int]:
     """Rows of each source of a target: the same number each, except for q, k and v."""
-    shape = targets[target].shape
-    rows = math.prod(shape[:-1]) if len(shape) > 1 else shape[0]
+    rows = math.prod(spec.shape[:-1]) if len(spec.shape) > 1 else spec.shape[0]
     if count == 3 and ".attention.qkv." in target:
         kv = config.num_key_value_heads * config.head_size
         return (config.num_attention_heads * config.head_size, kv, kv)

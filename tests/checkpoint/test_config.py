@@ -3,10 +3,10 @@ from typing import Any
 
 import pytest
 
-from llmserve.checkpoint.config import PretrainedConfig
+from llmserve.checkpoint.config import ParallelMapping, PretrainedConfig
 from llmserve.checkpoint.quant_config import QuantConfig
 from llmserve.errors import CheckpointError, UnsupportedCheckpointError
-from tests.checkpoint.factories import pretrained_config
+from tests.checkpoint.factories import FAMILY_CONFIGS, pretrained_config
 from tests.models import LINEAR_ROPE, LLAMA3_ROPE
 
 _QKV = "transformer.layers.0.attention.qkv"
@@ -19,6 +19,8 @@ _FC = "transformer.layers.0.mlp.fc"
         pretrained_config(),
         pretrained_config(rotary_scaling=LLAMA3_ROPE, attn_bias=True, share_embedding_table=True),
         pretrained_config(quantization=QuantConfig(quant_algo="W8A16")),
+        pretrained_config(mapping=ParallelMapping.tensor_parallel(2)),
+        *FAMILY_CONFIGS,
     ],
 )
 def test_a_config_survives_json(config: PretrainedConfig) -> None:
@@ -79,16 +81,26 @@ def test_what_tensorrt_llms_own_llama_writes_is_read() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"architecture": "MixtralForCausalLM"}, UnsupportedCheckpointError, "Mixtral"),
+        ({"architecture": "BertForCausalLM"}, UnsupportedCheckpointError, "'BertForCausalLM'"),
+        ({"architecture": "MixtralForCausalLM"}, UnsupportedCheckpointError, "hidden_act 'silu'"),
         ({"dtype": "float8"}, UnsupportedCheckpointError, "dtype 'float8'"),
         ({"hidden_act": "gelu"}, UnsupportedCheckpointError, "hidden_act 'gelu'"),
-        ({"qk_layernorm": True}, UnsupportedCheckpointError, "qk_layernorm"),
-        ({"moe": {"num_experts": 8}}, UnsupportedCheckpointError, "moe"),
+        ({"hidden_act": "swiglu"}, UnsupportedCheckpointError, "hidden_act 'swiglu'"),
+        ({"qk_layernorm": True}, UnsupportedCheckpointError, "qk_layernorm True"),
+        ({"inter_layernorms": True}, UnsupportedCheckpointError, "inter_layernorms True"),
+        ({"sliding_window": 8}, UnsupportedCheckpointError, "sliding_window 8"),
+        ({"rope_local_base_freq": 1e4}, UnsupportedCheckpointError, "rope_local_base_freq 10000"),
+        ({"rotary_pct": 0.5}, UnsupportedCheckpointError, "rotary_pct 0.5"),
+        ({"qwen_type": "qwen2"}, UnsupportedCheckpointError, "qwen_type 'qwen2'"),
+        ({"moe": {"num_experts": 8}}, CheckpointError, "moe lacks top_k"),
+        ({"moe": {"num_experts": 8, "top_k": 2}}, UnsupportedCheckpointError, "^moe .*for Llama"),
         ({"rotary_embedding_dim": 8}, UnsupportedCheckpointError, "rotary_embedding_dim 8"),
         ({"attn_logit_softcapping": 50.0}, UnsupportedCheckpointError, "attn_logit_softcapping"),
         ({"residual_mlp": True}, UnsupportedCheckpointError, "residual_mlp"),
         ({"attention_multiplier": 0.5}, UnsupportedCheckpointError, "attention_multiplier 0.5"),
-        ({"mapping": {"world_size": 2, "tp_size": 2}}, UnsupportedCheckpointError, "world_size"),
+        ({"mapping": {"world_size": 2, "tp_size": 1}}, CheckpointError, "world_size is 2"),
+        ({"mapping": {"world_size": 2, "pp_size": 2}}, UnsupportedCheckpointError, "pp_size is 2"),
+        ({"mapping": {"world_size": 2, "cp_size": 2}}, UnsupportedCheckpointError, "cp_size is 2"),
         ({"hidden_size": None}, CheckpointError, "lacks hidden_size"),
         ({"hidden_size": "64"}, CheckpointError, "hidden_size is '64'"),
         ({"hidden_size": "64", "head_size": None}, CheckpointError, "hidden_size is '64'"),
@@ -110,6 +122,93 @@ def test_what_cannot_be_run_is_named(
 ) -> None:
     with pytest.raises(error, match=words):
         PretrainedConfig.from_dict({**pretrained_config().to_dict(), **change})
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "error", "words"),
+    [
+        ("Mixtral", {"moe": None}, CheckpointError, "lacks moe"),
+        ("Mixtral", {"moe": {"num_experts": 4}}, CheckpointError, "lacks top_k"),
+        ("Mixtral", {"moe": {"num_experts": 4, "top_k": 5}}, CheckpointError, "top_k is 5"),
+        (
+            "Mixtral",
+            {"moe": {"num_experts": 4, "top_k": 2, "shared_expert_intermediate_size": 8}},
+            UnsupportedCheckpointError,
+            "shared_expert_intermediate_size 8",
+        ),
+        (
+            "Mixtral",
+            {"moe": {"num_experts": 4, "top_k": 2, "normalization_mode": 2}},
+            UnsupportedCheckpointError,
+            "normalization_mode 2",
+        ),
+        ("Mixtral", {"mlp_bias": True}, UnsupportedCheckpointError, "mlp_bias True"),
+        ("Qwen3", {"attn_bias": True}, UnsupportedCheckpointError, "attn_bias True"),
+        (
+            "Qwen3Moe",
+            {"mlp_only_layers": [1]},
+            UnsupportedCheckpointError,
+            r"mlp_only_layers \[1\]",
+        ),
+        ("Qwen3", {"qwen_type": "qwen2"}, CheckpointError, "must be 'qwen3'"),
+        ("Gemma", {"hidden_act": "silu"}, UnsupportedCheckpointError, "be gelu_pytorch_tanh"),
+        ("Gemma2", {"inter_layernorms": False}, CheckpointError, "lacks inter_layernorms"),
+        ("Gemma2", {"query_pre_attn_scalar": None}, CheckpointError, "lacks query_pre_attn"),
+        ("Gemma2", {"attn_logit_softcapping": 0.0}, CheckpointError, "softcapping is 0.0"),
+        ("Gemma3", {"attn_logit_softcapping": 9.0}, UnsupportedCheckpointError, "softcapping 9.0"),
+        ("Gemma3", {"sliding_window": -1}, CheckpointError, "sliding_window is -1"),
+        ("Phi3", {"rotary_pct": 1.5}, CheckpointError, "rotary_pct 1.5"),
+        ("Phi3", {"longrope_scaling_long_factors": [1.0]}, CheckpointError, "be 6 positive"),
+        ("Phi3", {"longrope_scaling_short_factors": None}, CheckpointError, "short_factors is"),
+        ("Phi3", {"original_max_position_embeddings": None}, CheckpointError, "embeddings is None"),
+        ("Phi3", {"original_max_position_embeddings": 1}, CheckpointError, "at least 2"),
+        ("Phi3", {"position_embedding_type": "rope_gpt_neox"}, CheckpointError, "be 'long_rope'"),
+        ("Phi3", {"rotary_scaling": LINEAR_ROPE}, UnsupportedCheckpointError, "rotary_scaling"),
+    ],
+)
+def test_what_cannot_be_run_of_a_family_is_named(
+    family: str, change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    (config,) = (c for c in FAMILY_CONFIGS if c.architecture == f"{family}ForCausalLM")
+    with pytest.raises(error, match=words):
+        PretrainedConfig.from_dict({**config.to_dict(), **change})
+
+
+def test_families_are_read_as_tensorrt_llms_own_classes_read_them() -> None:
+    by_name = {config.architecture: config for config in FAMILY_CONFIGS}
+    # Its QWenConfig has biases where config.json says nothing, and goes by qwen_type for q_norm.
+    qwen2 = by_name["Qwen2ForCausalLM"].to_dict()
+    del qwen2["attn_bias"]
+    assert PretrainedConfig.from_dict(qwen2) == by_name["Qwen2ForCausalLM"]
+    qwen3 = {**by_name["Qwen3ForCausalLM"].to_dict(), "qk_layernorm": False}
+    qwen3 |= {"seq_length": 8192, "use_logn_attn": False, "num_labels": 1}
+    qwen3 |= {"moe": {"num_experts": 0}, "moe_intermediate_size": 0}
+    qwen3 |= {"moe_shared_expert_intermediate_size": 0, "tie_word_embeddings": False}
+    qwen3 |= {"mlp_only_layers": [], "decoder_sparse_step": 1}
+    assert PretrainedConfig.from_dict(qwen3) == by_name["Qwen3ForCausalLM"]
+    # Its Gemma always shares the embedding.
+    gemma = by_name["GemmaForCausalLM"].to_dict()
+    del gemma["share_embedding_table"]
+    assert PretrainedConfig.from_dict(gemma) == by_name["GemmaForCausalLM"]
+    gemma3 = by_name["Gemma3ForCausalLM"].to_dict()
+    assert gemma3["_sliding_window_pattern"] == 3  # its name of it in 1.2
+    gemma3["sliding_window_pattern"] = gemma3.pop("_sliding_window_pattern")  # and before
+    assert PretrainedConfig.from_dict(gemma3) == by_name["Gemma3ForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"sliding_window": 8}, [8, 8, 8, 8]),
+        ({"sliding_window": 8, "max_window_layers": 3}, [None, None, None, 8]),
+        ({"sliding_window": 8, "sliding_window_pattern": 2}, [8, None, 8, None]),
+        ({"sliding_window": 8, "sliding_window_pattern": 6}, [8, 8, 8, 8]),
+        ({"sliding_window_pattern": 2}, [None] * 4),
+    ],
+)
+def test_window_of_a_layer(settings: dict[str, Any], expected: list[int | None]) -> None:
+    config = pretrained_config(architecture="Gemma2ForCausalLM", **settings)
+    assert [config.window(layer) for layer in range(4)] == expected
 
 
 @pytest.mark.parametrize(

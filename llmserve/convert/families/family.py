@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llmserve.checkpoint.config import PretrainedConfig
@@ -21,14 +21,16 @@ class Family:
             expert by expert, and in the order of the table.
         pretrained_config: TensorRT-LLM's config.json for a Hugging Face one (its object, the dtype
             and the quantisation of the checkpoint to write).
+        other_spelling: Names that the sources of a target may have instead of those in ``tensors``.
+        swapped_halves: Names in the tables whose rows (of each expert) are the gate and then up,
+            and are stored the other way around.
         norm_offset: Added to the norms' weights: Gemma multiplies with 1 + w, TensorRT-LLM with
             what is stored.
-        swapped_halves: Targets whose one source is the gate and then up, and which are stored the
-            other way around.
     """
 
     architecture: str
     tensors: Mapping[str, str | None]
     pretrained_config: Callable[[Mapping[str, Any], str, QuantConfig], PretrainedConfig]
-    norm_offset: float = 0.0
+    other_spelling: Mapping[str, str] = field(default_factory=dict)
     swapped_halves: frozenset[str] = frozenset()
+    norm_offset: float = 0.0

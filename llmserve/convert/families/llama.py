@@ -7,9 +7,9 @@ from typing import Any
 
 from llmserve.checkpoint.config import PretrainedConfig
 from llmserve.checkpoint.quant_config import QuantConfig
-from llmserve.checkpoint.rotary_scaling import rope_type
+from llmserve.convert.families.decoder_config import decoder_config
 from llmserve.convert.families.family import Family
-from llmserve.convert.families.hf_config import bool_key, int_key, number_key, rope_settings
+from llmserve.convert.families.hf_config import bool_key
 from llmserve.errors import UnsupportedCheckpointError
 
 _HF = "model.layers.{i}"
@@ -42,58 +42,28 @@ TENSORS: dict[str, str | None] = {
     f"{_HF}.self_attn.rotary_emb.inv_freq": None,
     "model.rotary_emb.inv_freq": None,
 }
+# What transformers takes for a key that config.json lacks.
+_DEFAULTS: dict[str, Any] = {"max_position_embeddings": 2048}
 
 
 def pretrained_config(
     hf: Mapping[str, Any], dtype: str, quantization: QuantConfig
 ) -> PretrainedConfig:
-    """TensorRT-LLM's config.json for a Hugging Face one.
-
-    Args:
-        hf: Hugging Face's config.json.
-        dtype: Of the checkpoint to write.
-        quantization: Of the checkpoint to write.
-
-    Raises:
-        CheckpointError: A key is missing or of the wrong kind.
-        UnsupportedCheckpointError: A feature that is not implemented.
-    """
+    """TensorRT-LLM's config.json for a Hugging Face one; see ``decoder_config``."""
+    hf = _DEFAULTS | dict(hf)
     if (tp := hf.get("pretraining_tp", 1)) not in (None, 1):
         raise UnsupportedCheckpointError(
             f"config.json has pretraining_tp {tp}, which is not implemented; the weights are the "
             "same without it: set it to 1"
         )
-    hidden, heads = int_key(hf, "hidden_size"), int_key(hf, "num_attention_heads")
-    theta, scaling = rope_settings(hf)
-    max_positions = int_key(hf, "max_position_embeddings", 2048)
-    if scaling is not None and rope_type(scaling) == "dynamic":
-        # Up to its original length dynamic scaling does nothing; beyond it is not implemented.
-        max_positions = min(
-            max_positions, int_key(scaling, "original_max_position_embeddings", max_positions)
-        )
-    config = PretrainedConfig(
+    return decoder_config(
+        hf,
+        dtype,
+        quantization,
         architecture="LlamaForCausalLM",
-        dtype=dtype,
-        hidden_size=hidden,
-        num_hidden_layers=int_key(hf, "num_hidden_layers"),
-        num_attention_heads=heads,
-        num_key_value_heads=int_key(hf, "num_key_value_heads", heads),
-        vocab_size=int_key(hf, "vocab_size"),
-        intermediate_size=int_key(hf, "intermediate_size"),
-        # Of 0 heads PretrainedConfig says what is wrong.
-        head_size=int_key(hf, "head_dim", hidden // max(heads, 1)),
-        max_position_embeddings=max_positions,
-        hidden_act=str(hf.get("hidden_act", "silu")),
-        norm_epsilon=number_key(hf, "rms_norm_eps", 1e-6),
-        rotary_base=theta,
-        rotary_scaling=scaling,
         attn_bias=bool_key(hf, "attention_bias"),
         mlp_bias=bool_key(hf, "mlp_bias"),
-        share_embedding_table=bool_key(hf, "tie_word_embeddings"),
-        quantization=quantization,
     )
-    # from_dict holds the checks of values; what is written here must pass when it is read.
-    return PretrainedConfig.from_dict(config.to_dict())
 
 
 FAMILY = Family(
