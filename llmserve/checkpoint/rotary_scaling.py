@@ -16,6 +16,7 @@ _REQUIRED_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
     "llama3": (
         *("factor", "low_freq_factor", "high_freq_factor"),
         "original_max_position_embeddings",
@@ -42,12 +43,6 @@ def check_rotary_scaling(scaling: Mapping[str, Any] | None, max_position_embeddi
         CheckpointError: A number that the type needs is missing or not positive.
     """
     kind = rope_type(scaling)
-    if kind == "yarn":
-        raise UnsupportedCheckpointError(
-            "rotary scaling of type 'yarn' is not implemented; without it the model works up to "
-            "its original context: remove the scaling and set max_position_embeddings to its "
-            "original_max_position_embeddings"
-        )
     if kind not in _REQUIRED_KEYS:
         raise UnsupportedCheckpointError(
             f"rotary scaling of type {kind!r} is not implemented; these are: "
@@ -60,6 +55,11 @@ def check_rotary_scaling(scaling: Mapping[str, Any] | None, max_position_embeddi
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
             raise CheckpointError(
                 f"rotary scaling {kind!r} has {key} {value!r}; it must be a positive number"
+            )
+    for key in ("mscale", "mscale_all_dim") if kind == "yarn" else ():
+        if scaling.get(key) is not None:
+            raise UnsupportedCheckpointError(
+                f"rotary scaling 'yarn' with {key} {scaling[key]!r} is not implemented; leave it out"
             )
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise CheckpointError(

@@ -229,7 +229,7 @@ def test_rotary_scalings_that_are_implemented(scaling: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("scaling", "words"),
     [
-        ({"rope_type": "yarn", "factor": 2.0}, "'yarn' is not implemented"),
+        ({"rope_type": "yarn", "factor": 2.0}, "'yarn' has original_max_position_embeddings"),
         ({"rope_type": "longrope"}, "'longrope' is not implemented"),
         ({"rope_type": "linear"}, "factor None"),
         ({"rope_type": "linear", "factor": 0}, "factor 0"),

@@ -250,8 +250,8 @@ def test_tokenizer_and_generation_files_travel_along(tmp_path: Path) -> None:
     out = convert(path, tmp_path / "out")
     assert sorted(file.name for file in out.iterdir()) == [
         *("additional_chat_templates", "chat_template.jinja", "config.json"),
-        *("generation_config.json", "rank0.safetensors", "special_tokens_map.json"),
-        *("tokenizer.json", "tokenizer_config.json"),
+        *("generation_config.json", "quality.json", "rank0.safetensors"),
+        *("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"),
     ]
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / name).read_bytes() == (path / name).read_bytes()
@@ -312,20 +312,26 @@ def test_a_converted_checkpoint_is_not_converted_again(source: Path, tmp_path: P
         convert(out, tmp_path / "again")
 
 
+YARN_WITH_MSCALE = {
+    **{"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+    "mscale": 0.7,
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, None, "Mixtral"),
+        ({"architectures": ["FalconForCausalLM"], "model_type": "falcon"}, None, "Falcon"),
         ({"architectures": ["LlamaForSequenceClassification"]}, None, "SequenceClassification"),
         ({"quantization_config": {"quant_method": "gptq"}}, None, "quantised already"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, None, "yarn"),
+        ({"rope_parameters": YARN_WITH_MSCALE}, None, "mscale"),
         ({"hidden_act": "gelu"}, None, "gelu"),
         ({"pretraining_tp": 2}, None, "pretraining_tp"),
         ({"partial_rotary_factor": 0.5}, None, "partial_rotary_factor"),
         ({"hidden_size": None}, CheckpointError, "hidden_size None"),
         ({"hidden_size": "big"}, CheckpointError, "hidden_size 'big'"),
         ({"attention_bias": "yes"}, CheckpointError, "attention_bias 'yes'"),
-        ({"rope_parameters": 5}, CheckpointError, "rope_scaling 5"),
+        ({"rope_parameters": 5}, CheckpointError, "rope_parameters 5"),
         ({"rope_parameters": None, "rope_scaling": {"factor": 2.0}}, None, "without a rope_type"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},

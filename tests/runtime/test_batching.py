@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,17 @@ import torch
 from llmserve.core.request import FinishReason
 from llmserve.core.sampling_params import SamplingParams
 from llmserve.runtime.torch.runner import TorchRunner
-from tests.runtime.torch_engines import Driver, make_engine, open_runner
+from tests.runtime.torch_engines import Driver, make_engine, open_runner, replace_embedding
 
 GREEDY = SamplingParams(max_tokens=24, seed=0)
 LENGTHS = (1, 7, 8, 9, 33, 70, 128, 5)
 
 
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_engine(tmp_path_factory.mktemp("batching"), vocab_size=256, num_hidden_layers=2)
+# Qwen2 has layers with a window of 8 tokens, a block's size, and layers without; Qwen3-MoE experts.
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3_moe"])
+def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp(request.param)
+    return make_engine(path, family=request.param, vocab_size=256)
 
 
 @pytest.fixture
@@ -142,9 +143,9 @@ def test_a_request_with_nan_logits_fails_alone(
 ) -> None:
     # Token 255 is poison: its embedding is NaN, and so is all KV of a request that has it.
     poisoned = [200, 255, 201]
-    embedding = runner._decoder.embedding.clone()
+    embedding = runner._decoder.embedding.weight.clone()
     embedding[255] = float("nan")
-    runner._decoder = replace(runner._decoder, embedding=embedding)
+    replace_embedding(runner, embedding)
     clean = [i for i, p in enumerate(prompts) if 255 not in p + alone[0][i]]
     driver = Driver(runner, enable_block_reuse=False)
     bad = driver.submit(poisoned, GREEDY)

@@ -29,6 +29,7 @@ def batch() -> InputBatch:
         max_batch_size=3,
         max_seq_len=16,
         tokens_per_block=4,
+        windows=(None, 3, 12),
         dtype=torch.float32,
         device=torch.device("cpu"),
     )
@@ -57,13 +58,30 @@ def test_layout(batch: InputBatch) -> None:
     assert inputs.plan.slot_mapping.tolist() == [3 * 4 + 2, 2 * 4, 0, 1, 2, 3]
     assert inputs.sampled_rows.tolist() == [0]
     assert [(row.request_id, row.position) for row in inputs.sampled] == [("b", 3)]
-    (decode,), (prefill,) = inputs.plan.decodes, inputs.plan.prefills
+    view = inputs.plan.views[None]
+    (decode,), (prefill,) = view.decodes, view.prefills
     # 'b' is padded with the slot of its own first token.
     assert decode.kv_slots.view(2, 5).tolist() == [[12, 13, 14, 12, 12], [24, 25, 26, 27, 8]]
     assert decode.mask is not None
     assert decode.mask.isinf().view(2, 5).tolist() == [[False] * 3 + [True] * 2, [False] * 5]
-    assert (prefill.rows, prefill.num_computed_tokens) == (slice(2, 6), 4)
+    assert (prefill.rows, prefill.num_previous_tokens) == (slice(2, 6), 4)
     assert prefill.kv_slots.tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
+
+
+def test_windowed_layers_read_the_last_slots_alone(batch: InputBatch) -> None:
+    parts = [_part("c", 4, 1, [2]), _part("b", 1, 1, []), _part("a", 4, 4, [])]
+    batch.update(SchedulerOutput(step_id=1, scheduled=parts))
+    views = batch.pack(parts).plan.views
+    (decode,), (prefill,) = views[3].decodes, views[3].prefills
+    # 'b' has two tokens and is padded with its first; of 'c' the positions 2, 3 and 4 are seen.
+    assert decode.kv_slots.view(2, 3).tolist() == [[12, 13, 12], [26, 27, 8]]
+    assert decode.mask is not None
+    assert decode.mask.isinf().view(2, 3).tolist() == [[False, False, True], [False] * 3]
+    # The first token of the chunk sees two before it.
+    assert (prefill.rows, prefill.num_previous_tokens) == (slice(2, 6), 2)
+    assert prefill.kv_slots.tolist() == [6, 7, 0, 1, 2, 3]
+    # Nobody has outgrown a window of 12: these layers share what the others read.
+    assert views[12] is views[None]
 
 
 def test_a_sampled_token_is_the_next_input(batch: InputBatch) -> None:
@@ -72,7 +90,7 @@ def test_a_sampled_token_is_the_next_input(batch: InputBatch) -> None:
     inputs = batch.pack([_part("b", 3, 1, [])])
     assert inputs.token_ids.tolist() == [99]
     assert [row.position for row in inputs.sampled] == [4]
-    assert inputs.plan.decodes[0].mask is None
+    assert inputs.plan.views[None].decodes[0].mask is None
 
 
 def test_a_request_is_known_once(batch: InputBatch) -> None:

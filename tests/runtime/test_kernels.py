@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llmserve.runtime.torch.kernels.attention import (
     AttentionPlan,
+    AttentionScores,
+    AttentionView,
     DecodeBatch,
     PrefillChunk,
     attention_reference,
     causal_mask,
     paged_attention,
+    whole_sequences_plan,
 )
+from llmserve.runtime.torch.kernels.kv_storage import PlainKvStorage
 from llmserve.runtime.torch.kernels.norm import rms_norm, rms_norm_reference
 from llmserve.runtime.torch.kernels.rotary import (
     apply_rotary_,
@@ -43,6 +49,23 @@ def test_rms_norm(generator: torch.Generator, dtype: torch.dtype, device: str) -
     actual = rms_norm(x.to(device), weight.to(device), 1e-5)
     assert actual.dtype == dtype
     _close(actual, rms_norm_reference(x, weight, 1e-5), dtype)
+
+
+@pytest.mark.parametrize("round_last", [False, True])
+def test_rms_norm_rounds_where_transformers_does(
+    generator: torch.Generator, round_last: bool
+) -> None:
+    x = torch.randn(50, 64, generator=generator).bfloat16()
+    # Gemma's weight is 1 less: of both there is an exact bfloat16.
+    weight = torch.randint(64, 128, (64,), generator=generator).bfloat16() / 128
+    theirs = (Gemma2RMSNorm if round_last else LlamaRMSNorm)(64, eps=1e-6).bfloat16()
+    with torch.no_grad():
+        theirs.weight.copy_(weight - 1 if round_last else weight)
+        expected = theirs(x)
+    different = rms_norm(x, weight, 1e-6, round_last=round_last) != expected
+    assert different.float().mean() < 1e-3
+    other = rms_norm(x, weight, 1e-6, round_last=not round_last) != expected
+    assert other.float().mean() > 0.05
 
 
 def test_rms_norm_epsilon_counts_where_the_row_is_small() -> None:
@@ -111,74 +134,129 @@ class Paged:
         slots = self.slots[request][:count].to(self.device)
         self.cache[slots] = self.key_values[request][:count].to(self.device)
 
-    def expected(self, request: int, query: torch.Tensor) -> torch.Tensor:
+    def expected(self, request: int, query: torch.Tensor, scores: AttentionScores) -> torch.Tensor:
         length = len(self.slots[request])
         key, value = self.key_values[request].view(length, 2, self.kv_heads, -1).unbind(1)
         flat = query.reshape(len(query), -1, self.head_size)
-        return attention_reference(flat, key, value, length - len(query)).flatten(1)
+        return attention_reference(flat, key, value, length - len(query), scores).flatten(1)
 
-    def run(self, query: torch.Tensor, fresh: list[tuple[int, int]], plan: AttentionPlan) -> None:
+    def run(
+        self, fresh: list[tuple[int, int]], view: AttentionView, scores: AttentionScores
+    ) -> None:
         """Attend, ``fresh`` being (request, tokens of this step), and compare."""
+        tokens = sum(n for _, n in fresh)
+        # Large enough for softcaps to bend the scores.
+        query = self.random(tokens, self.kv_heads, self.group, self.head_size) * 3
+        slots = torch.cat([self.slots[r][-n:] for r, n in fresh]).to(self.device)
+        plan = AttentionPlan(slot_mapping=slots, views={scores.window: view})
         key_value = torch.cat([self.key_values[r][-n:] for r, n in fresh]).to(self.device)
-        out = paged_attention(query.to(self.device), key_value, self.cache, plan)
+        storage = PlainKvStorage(self.dtype)
+        out = paged_attention(query.to(self.device), key_value, self.cache, plan, scores, storage)
         expected = torch.cat(
             [
-                self.expected(r, q)
+                self.expected(r, q, scores)
                 for (r, n), q in zip(fresh, query.split([n for _, n in fresh]), strict=True)
             ]
         )
         _close(out, expected, self.dtype)
 
 
+SCORES = pytest.mark.parametrize(
+    "scores",
+    [
+        AttentionScores(scale=8**-0.5),
+        AttentionScores(scale=0.5),
+        AttentionScores(scale=8**-0.5, window=4),
+        AttentionScores(scale=8**-0.5, softcap=2.0),
+        AttentionScores(scale=0.5, window=5, softcap=2.0),
+    ],
+    ids=["plain", "scale", "window", "softcap", "all"],
+)
+
+
 @DTYPES
+@SCORES
 def test_decode_attention_is_not_touched_by_what_others_left(
-    dtype: torch.dtype, device: str
+    dtype: torch.dtype, device: str, scores: AttentionScores
 ) -> None:
     lengths = [1, 5, 9]
     paged = Paged(lengths, dtype, device)
     for request, length in enumerate(lengths):
         paged.store(request, length - 1)
-    longest = max(lengths)
-    slots = torch.stack(
-        [torch.cat((s, s[:1].expand(longest - len(s)))) for s in paged.slots]
-    ).flatten()
+    seen = [
+        slots[-(scores.window or length) :]
+        for slots, length in zip(paged.slots, lengths, strict=True)
+    ]
+    longest = max(len(slots) for slots in seen)
+    slots = torch.stack([torch.cat((s, s[:1].expand(longest - len(s)))) for s in seen])
     mask = torch.zeros(3, 1, 1, longest, dtype=dtype)
-    for request, length in enumerate(lengths):
-        mask[request, ..., length:] = float("-inf")
-    batch = DecodeBatch(rows=slice(0, 3), kv_slots=slots.to(device), mask=mask.to(device))
-    plan = AttentionPlan(
-        slot_mapping=torch.stack([s[-1] for s in paged.slots]).to(device),
-        decodes=[batch],
-        prefills=[],
-    )
-    paged.run(paged.random(3, 2, 3, 8), [(0, 1), (1, 1), (2, 1)], plan)
+    for request, own in enumerate(seen):
+        mask[request, ..., len(own) :] = float("-inf")
+    batch = DecodeBatch(rows=slice(0, 3), kv_slots=slots.flatten().to(device), mask=mask.to(device))
+    view = AttentionView(decodes=[batch], prefills=[])
+    paged.run([(0, 1), (1, 1), (2, 1)], view, scores)
 
 
 @DTYPES
+@SCORES
 @pytest.mark.parametrize("query_rows", [3, 256])
 def test_mixed_batch(
-    dtype: torch.dtype, device: str, query_rows: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    device: str,
+    scores: AttentionScores,
+    query_rows: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("llmserve.runtime.torch.kernels.attention._QUERY_ROWS", query_rows)
     paged = Paged([6, 11, 7], dtype, device)
     paged.store(0, 5)  # a decode
     paged.store(1, 4)  # a chunk of 7 behind 4; request 2 is a whole prompt
-    plan = AttentionPlan(
-        slot_mapping=torch.cat([paged.slots[0][-1:], paged.slots[1][-7:], paged.slots[2]]).to(
-            device
-        ),
-        decodes=[DecodeBatch(rows=slice(0, 1), kv_slots=paged.slots[0].to(device), mask=None)],
+    before = min(4, (scores.window or 11) - 1)
+    view = AttentionView(
+        decodes=[
+            DecodeBatch(
+                rows=slice(0, 1),
+                kv_slots=paged.slots[0][-(scores.window or 6) :].to(device),
+                mask=None,
+            )
+        ],
         prefills=[
             PrefillChunk(
-                rows=slice(1, 8), num_computed_tokens=4, kv_slots=paged.slots[1].to(device)
+                rows=slice(1, 8),
+                num_previous_tokens=before,
+                kv_slots=paged.slots[1][4 - before :].to(device),
             ),
             PrefillChunk(
-                rows=slice(8, 15), num_computed_tokens=0, kv_slots=paged.slots[2].to(device)
+                rows=slice(8, 15), num_previous_tokens=0, kv_slots=paged.slots[2].to(device)
             ),
         ],
     )
-    paged.run(paged.random(15, 2, 3, 8), [(0, 1), (1, 7), (2, 7)], plan)
+    paged.run([(0, 1), (1, 7), (2, 7)], view, scores)
+
+
+@pytest.mark.parametrize("max_scores", [1, 100, 1 << 20])
+def test_softcapped_prefills_hold_few_scores_at_a_time(
+    max_scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmserve.runtime.torch.kernels.attention._MAX_SCORES", max_scores)
+    paged = Paged([30], torch.float32, "cpu")
+    chunk = PrefillChunk(rows=slice(0, 30), num_previous_tokens=0, kv_slots=paged.slots[0])
+    view = AttentionView(decodes=[], prefills=[chunk])
+    paged.run([(0, 30)], view, AttentionScores(scale=0.3, softcap=1.0))
+
+
+def test_whole_sequences_plan() -> None:
+    paged = Paged([5, 9], torch.float32, "cpu")
+    plan = whole_sequences_plan([5, 9], (None, 4), torch.device("cpu"))
+    paged.slots = list(plan.slot_mapping.split([5, 9]))
+    for window in (None, 4):
+        scores = AttentionScores(scale=0.3, window=window)
+        paged.run([(0, 5), (1, 9)], plan.views[window], scores)
 
 
 def test_causal_mask() -> None:
-    assert causal_mask(1, 2, torch.empty(0)).tolist() == [[0, 0, float("-inf")], [0, 0, 0]]
+    hidden = float("-inf")
+    like = torch.empty(0)
+    assert causal_mask(1, 2, like).tolist() == [[0, 0, hidden], [0, 0, 0]]
+    assert causal_mask(1, 2, like, window=2).tolist() == [[0, 0, hidden], [hidden, 0, 0]]
+    assert causal_mask(1, 2, like, window=1).tolist() == [[hidden, 0, hidden], [hidden, hidden, 0]]

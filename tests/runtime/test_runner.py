@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from llmserve.errors import CheckpointError, ConfigError
 from llmserve.runtime.torch import load_runner
 from llmserve.runtime.torch.kernels.int8_linear import int8_products_pay
 from llmserve.runtime.torch.runner import TorchRunner, resolve_device
-from tests.runtime.torch_engines import Driver, make_engine, open_runner
+from tests.runtime.torch_engines import Driver, make_engine, open_runner, replace_embedding
 
 GREEDY = SamplingParams(max_tokens=8, seed=0)
 
@@ -150,12 +149,12 @@ def test_slots_are_used_again(engine: Path) -> None:
 
 def test_a_loud_neighbour_changes_no_bit_of_w8a16_logits(tmp_path: Path) -> None:
     runner = open_runner(make_engine(tmp_path, quant="w8a16"))
-    embedding = runner._decoder.embedding.clone()
+    embedding = runner._decoder.embedding.weight.clone()
     quiet, loud = 10, 11
     # Norms undo a large row as a whole; one large channel of it they leave large.
     embedding[loud] = embedding[quiet]
     embedding[loud, 3] *= 50
-    runner._decoder = replace(runner._decoder, embedding=embedding)
+    replace_embedding(runner, embedding)
 
     def logits(neighbour: int) -> torch.Tensor:
         prompts = {"a": [1, 2, 3], "b": [4, neighbour, neighbour]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,20 @@ from llmserve.core.scheduler import Scheduler
 from llmserve.core.step import NewRequest, ScheduledRequest, SchedulerOutput
 from llmserve.runtime.torch import load_runner
 from llmserve.runtime.torch.runner import TorchRunner
-from tests.models import make_llama
+from tests.models import make_model
 
 MAX_SEQ_LEN = 256
 
 
-def make_engine(path: Path, *, quant: str = "none", seed: int = 0, **overrides: Any) -> Path:
-    """A random Llama (``path / "hf"``) as a native engine (``path / "engine"``).
+def make_engine(
+    path: Path, *, family: str = "llama", quant: str = "none", seed: int = 0, **overrides: Any
+) -> Path:
+    """A random model (``path / "hf"``) as a native engine (``path / "engine"``).
 
     Returns:
         The engine's directory.
     """
-    make_llama(path / "hf", seed=seed, tokenizer=False, **overrides)
+    make_model(path / "hf", family, seed=seed, tokenizer=False, **overrides)
     convert(path / "hf", path / "checkpoint", quant=quant)
     return build(path / "checkpoint", path / "engine", BuildConfig(max_seq_len=MAX_SEQ_LEN))
 
@@ -42,13 +45,14 @@ def open_runner(
     tokens_per_block: int = 8,
     max_batch_size: int = 16,
     max_num_tokens: int = 512,
+    max_seq_len: int = MAX_SEQ_LEN,
 ) -> TorchRunner:
     """A loaded runner with a KV cache whose every value is NaN."""
     runner = load_runner(
         engine,
         max_batch_size=max_batch_size,
         max_num_tokens=max_num_tokens,
-        max_seq_len=MAX_SEQ_LEN,
+        max_seq_len=max_seq_len,
         tokens_per_block=tokens_per_block,
         device=device,
     )
@@ -58,8 +62,23 @@ def open_runner(
     return runner
 
 
-def prompt_logits(runner: TorchRunner, prompt: Sequence[int]) -> torch.Tensor:
-    """The logits (tokens, vocab) of a prompt, all of its rows, computed as one prefill."""
+def replace_embedding(runner: TorchRunner, weight: torch.Tensor) -> None:
+    """Give a runner another embedding (vocab, hidden)."""
+    embedding = replace(runner._decoder.embedding, weight=weight)
+    runner._decoder = replace(runner._decoder, embedding=embedding)
+
+
+def prompt_logits(
+    runner: TorchRunner, prompt: Sequence[int], chunks: Sequence[int] | None = None
+) -> torch.Tensor:
+    """The logits (tokens, vocab) of a prompt, all of its rows.
+
+    Args:
+        runner: The model.
+        prompt: Token ids.
+        chunks: Tokens of each step, in all those of the prompt; one token is computed as a decode.
+            None: one step.
+    """
     blocks = list(range(-(-len(prompt) // runner._tokens_per_block)))
     new = NewRequest(
         request_id="prompt",
@@ -67,21 +86,26 @@ def prompt_logits(runner: TorchRunner, prompt: Sequence[int]) -> torch.Tensor:
         num_prompt_tokens=len(prompt),
         sampling_params=SamplingParams(seed=0),
     )
-    part = ScheduledRequest(
-        request_id="prompt",
-        num_computed_tokens=0,
-        num_tokens=len(prompt),
-        new_block_ids=(blocks,),
-    )
+    logits, start = [], 0
     with torch.inference_mode():
-        runner._inputs.update(SchedulerOutput(step_id=0, new_requests=[new], scheduled=[part]))
-        inputs = runner._inputs.pack([part])
-        hidden = runner._decoder.forward(
-            inputs.token_ids, inputs.positions, inputs.plan, runner._kv_cache
-        )
-        logits = runner._decoder.logits(hidden).cpu()
-        runner._inputs.update(SchedulerOutput(step_id=1, finished_request_ids=["prompt"]))
-    return logits
+        runner._inputs.update(SchedulerOutput(step_id=0, new_requests=[new]))
+        for count in chunks or [len(prompt)]:
+            part = ScheduledRequest(
+                request_id="prompt",
+                num_computed_tokens=start,
+                num_tokens=count,
+                new_block_ids=(blocks if start == 0 else [],),
+            )
+            runner._inputs.update(SchedulerOutput(step_id=1, scheduled=[part]))
+            inputs = runner._inputs.pack([part])
+            hidden = runner._decoder.forward(
+                inputs.token_ids, inputs.positions, inputs.plan, runner._kv_cache
+            )
+            logits.append(runner._decoder.logits(hidden).cpu())
+            start += count
+        runner._inputs.update(SchedulerOutput(step_id=2, finished_request_ids=["prompt"]))
+    assert start == len(prompt)
+    return torch.cat(logits)
 
 
 class Driver:

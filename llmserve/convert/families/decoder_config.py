@@ -53,5 +53,11 @@ def decoder_config(
         settings["max_position_embeddings"] = min(
             max_positions, int_key(scaling, "original_max_position_embeddings", max_positions)
         )
+    elif rope_type(scaling) == "yarn":
+        # Models that are stretched by this state their original length here, and mean the product.
+        stretched = number_key(scaling, "factor", 1.0) * int_key(
+            scaling, "original_max_position_embeddings", max_positions
+        )
+        settings["max_position_embeddings"] = max(max_positions, int(stretched))
     # from_dict holds the checks of values; what is written here must pass when it is read.
     return PretrainedConfig.from_dict(PretrainedConfig(**settings).to_dict())

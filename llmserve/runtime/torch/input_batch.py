@@ -10,7 +10,7 @@ neighbours and of similar length; then the prefills, in the order of the schedul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,12 @@ import torch
 
 from llmserve.core.sampling_params import SamplingParams
 from llmserve.core.step import NewRequest, ScheduledRequest, SchedulerOutput
-from llmserve.runtime.torch.kernels.attention import AttentionPlan, DecodeBatch, PrefillChunk
+from llmserve.runtime.torch.kernels.attention import (
+    AttentionPlan,
+    AttentionView,
+    DecodeBatch,
+    PrefillChunk,
+)
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -87,6 +92,7 @@ class InputBatch:
         max_batch_size: Number of slots.
         max_seq_len: Tokens of the longest request.
         tokens_per_block: Tokens of one KV block.
+        windows: Those of the model's layers, None for layers that see everything.
         dtype: Of activations, and so of masks.
         device: Of the token buffer and of what ``pack`` returns.
 
@@ -101,6 +107,7 @@ class InputBatch:
         max_batch_size: int,
         max_seq_len: int,
         tokens_per_block: int,
+        windows: Collection[int | None],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
@@ -110,6 +117,7 @@ class InputBatch:
             max_batch_size, max_seq_len + 1, dtype=torch.int32, device=device
         )
         self._tokens_per_block = tokens_per_block
+        self._windows = tuple(windows)
         self._dtype, self._device = dtype, device
         max_blocks = -(-max_seq_len // tokens_per_block)
         self._block_tables = np.zeros((max_batch_size, max_blocks), dtype=np.int32)
@@ -179,8 +187,7 @@ class InputBatch:
             positions=self._to_device(positions),
             plan=AttentionPlan(
                 slot_mapping=self._to_device(self._kv_slots(row_slots, positions)),
-                decodes=list(self._decode_batches(slots, starts + 1, len(decodes))),
-                prefills=list(self._prefill_chunks(slots, starts, ends, len(decodes))),
+                views=self._views(slots, starts, counts, len(decodes)),
             ),
             sampled_rows=self._to_device(ends[sampled] - 1),
             sampled=[self._sampled_row(flat[i].request_id, requests[i]) for i in sampled],
@@ -199,16 +206,36 @@ class InputBatch:
         for row in sampled:
             self._requests[row.request_id].num_tokens += 1
 
+    def _views(
+        self, slots: Int64Array, starts: Int64Array, counts: Int64Array, num_decodes: int
+    ) -> dict[int | None, AttentionView]:
+        longest = int((starts + counts).max())
+        built: dict[int, AttentionView] = {}  # by the tokens that are seen at most
+        views: dict[int | None, AttentionView] = {}
+        for window in self._windows:
+            visible = longest if window is None else min(window, longest)
+            if visible not in built:
+                built[visible] = AttentionView(
+                    decodes=list(self._decode_batches(slots, starts + 1, num_decodes, visible)),
+                    prefills=list(
+                        self._prefill_chunks(slots, starts, counts, num_decodes, visible)
+                    ),
+                )
+            views[window] = built[visible]
+        return views
+
     def _decode_batches(
-        self, slots: Int64Array, lengths: Int64Array, num_decodes: int
+        self, slots: Int64Array, ends: Int64Array, num_decodes: int, visible: int
     ) -> Iterator[DecodeBatch]:
+        lengths = np.minimum(ends, visible)
         start = 0
         for stop in _neighbours(lengths[:num_decodes].tolist()):
             own, longest = lengths[start:stop, None], int(lengths[stop - 1])
-            positions = np.arange(longest)[None, :]
-            padding = positions >= own
-            # A padded position reads the request's first token: its own data, and written.
-            kv_slots = self._kv_slots(slots[start:stop, None], np.where(padding, 0, positions))
+            offsets = np.arange(longest)[None, :]
+            padding = offsets >= own
+            # A padded position reads the first token that is seen: the request's own, and written.
+            positions = ends[start:stop, None] - own + np.where(padding, 0, offsets)
+            kv_slots = self._kv_slots(slots[start:stop, None], positions)
             yield DecodeBatch(
                 rows=slice(start, stop),
                 kv_slots=self._to_device(kv_slots.reshape(-1)),
@@ -222,18 +249,24 @@ class InputBatch:
         return mask.masked_fill_(hidden, float("-inf"))
 
     def _prefill_chunks(
-        self, slots: Int64Array, starts: Int64Array, ends: Int64Array, num_decodes: int
+        self,
+        slots: Int64Array,
+        starts: Int64Array,
+        counts: Int64Array,
+        num_decodes: int,
+        visible: int,
     ) -> Iterator[PrefillChunk]:
         begin = num_decodes
         for i in range(num_decodes, len(slots)):
-            computed, end = int(starts[i]), int(ends[i])
-            kv_slots = self._kv_slots(slots[i], np.arange(computed + end - begin))
+            computed, count = int(starts[i]), int(counts[i])
+            previous = min(computed, visible - 1)
+            positions = np.arange(computed - previous, computed + count)
             yield PrefillChunk(
-                rows=slice(begin, end),
-                num_computed_tokens=computed,
-                kv_slots=self._to_device(kv_slots),
+                rows=slice(begin, begin + count),
+                num_previous_tokens=previous,
+                kv_slots=self._to_device(self._kv_slots(slots[i], positions)),
             )
-            begin = end
+            begin += count
 
     def _kv_slots(self, slots: Int64Array, positions: Int64Array) -> Int64Array:
         blocks, offsets = np.divmod(positions, self._tokens_per_block)
