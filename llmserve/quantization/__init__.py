@@ -58,6 +58,7 @@ class WeightFormat(Protocol):
         weight: torch.Tensor,
         input_amax: torch.Tensor | None = None,
         smoothquant_val: float = 0.5,
+        weight_amax: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """Quantise a linear weight (..., out, in) of any float dtype.
 
@@ -66,12 +67,14 @@ class WeightFormat(Protocol):
             input_amax: float32 (in,): the largest magnitude of each input channel on representative
                 text; only of calibrated formats.
             smoothquant_val: SmoothQuant's alpha; only of that.
+            weight_amax: float32 (): the largest magnitude of all weights that have one scale with
+                this one (``layout.same_scale``); only where there are others.
 
         Returns:
             The stored tensors by suffix: ``weight`` and, if the format has scales, theirs.
 
         Raises:
-            CheckpointError: NaN or infinity in the weight.
+            CheckpointError: NaN or infinity in the weight, or in the range of its inputs.
         """
         ...
 

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from llmserve.checkpoint.scratch import Scratch
 from llmserve.errors import CheckpointError
+
+# As integers, floats without their sign are in the same order; NaN is above infinity.
+_MAGNITUDES = {
+    torch.float16: (torch.int16, 0x7FFF),
+    torch.bfloat16: (torch.int16, 0x7FFF),
+    torch.float32: (torch.int32, 0x7FFF_FFFF),
+}
 
 
 def row_amax(weight: torch.Tensor) -> torch.Tensor:
@@ -20,3 +28,15 @@ def row_amax(weight: torch.Tensor) -> torch.Tensor:
         row = int((~torch.isfinite(amax)).flatten().nonzero()[0])
         raise CheckpointError(f"row {row} of the weight holds NaN or infinity")
     return amax
+
+
+def row_amax_of_bits(rows: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """The same of (rows, in) in float16, bfloat16 or float32, faster, with nothing refused.
+
+    Returns:
+        float32 (rows,); NaN or infinite for rows that hold such a value.
+    """
+    integers, mask = _MAGNITUDES[rows.dtype]
+    bits = scratch.tensor("magnitudes", tuple(rows.shape), integers)
+    torch.bitwise_and(rows.view(integers), mask, out=bits)
+    return bits.amax(dim=1).view(rows.dtype).float()

@@ -7,7 +7,7 @@ come from nor who runs them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
@@ -17,8 +17,8 @@ from llmserve.checkpoint.decoder_tensors import layer_prefix, plain_tensors, qua
 from llmserve.checkpoint.sharding import Shard, shards
 from llmserve.checkpoint.tensor_spec import TensorSpec
 from llmserve.quantization import Follows, weight_format
-
-KV_CACHE_SCALE = "kv_cache_scaling_factor"
+from llmserve.quantization.kv_cache import SCALE as KV_CACHE_SCALE
+from llmserve.quantization.kv_cache import SCALES as KV_CACHE_SCALES
 
 
 def checkpoint_tensors(config: PretrainedConfig) -> dict[str, TensorSpec]:
@@ -29,6 +29,18 @@ def checkpoint_tensors(config: PretrainedConfig) -> dict[str, TensorSpec]:
     if config.quantization.quant_algo == "W8A16":
         return plain_tensors(config) | _kv_cache_scales(config)
     return engine_tensors(config)
+
+
+def stored_tensors(config: PretrainedConfig, names: Collection[str]) -> dict[str, TensorSpec]:
+    """The tensors of a checkpoint that holds these names.
+
+    W8A16 weights that were quantised elsewhere, in the model's order of rows and columns and with
+    float32 scales, are kept as they are: such a checkpoint has an engine's tensors already.
+    """
+    scales = (name for name in names if name.endswith(".per_channel_scale"))
+    if config.quantization.quant_algo == "W8A16" and next(scales, None) is not None:
+        return engine_tensors(config)
+    return checkpoint_tensors(config)
 
 
 def engine_tensors(config: PretrainedConfig) -> dict[str, TensorSpec]:
@@ -58,7 +70,7 @@ def follows(config: PretrainedConfig, name: str) -> tuple[str, Follows]:
     """
     module, _, suffix = name.rpartition(".")
     weight = f"{module}.weight"
-    if suffix == KV_CACHE_SCALE:
+    if suffix in KV_CACHE_SCALES:
         return name, "nothing"
     if suffix in ("weight", "bias") or quantized_linear(config, weight) is None:
         return name, "weight"
@@ -99,13 +111,35 @@ def rank_tensors(
     }
 
 
-def kv_cache_scale(layer: int) -> str:
-    """The name of a layer's scale of K and V, float32 (1,)."""
-    return f"{layer_prefix(layer)}.attention.{KV_CACHE_SCALE}"
+def same_scale(config: PretrainedConfig, name: str) -> tuple[str, ...]:
+    """The weights that are quantised with one scale, ``name`` among them.
+
+    TensorRT-LLM computes ``mlp.fc`` and ``mlp.gate`` as one product, for which FP8 has one scale.
+
+    Args:
+        config: Of the artefact.
+        name: A plain tensor.
+    """
+    module, _, linear = name.removesuffix(".weight").rpartition(".")
+    if config.quantization.quant_algo != "FP8" or linear not in ("fc", "gate"):
+        return (name,)
+    pair = (f"{module}.fc.weight", f"{module}.gate.weight")
+    tensors = plain_tensors(config)
+    both = all(part in tensors and quantized_linear(config, part) for part in pair)
+    return pair if both else (name,)
+
+
+def kv_cache_scale(layer: int, suffix: str = KV_CACHE_SCALE) -> str:
+    """The name of a layer's scale of K and V, float32 (1,), or of one of ``kv_cache.SCALES``."""
+    return f"{layer_prefix(layer)}.attention.{suffix}"
 
 
 def _kv_cache_scales(config: PretrainedConfig) -> dict[str, TensorSpec]:
     if config.quantization.kv_cache_quant_algo is None:
         return {}
     spec = TensorSpec((1,), torch.float32)
-    return {kv_cache_scale(layer): spec for layer in range(config.num_hidden_layers)}
+    return {
+        kv_cache_scale(layer, suffix): spec
+        for layer in range(config.num_hidden_layers)
+        for suffix in KV_CACHE_SCALES
+    }

@@ -14,7 +14,10 @@ ROWWISE = True
 
 
 def quantize(
-    weight: torch.Tensor, input_amax: torch.Tensor | None = None, smoothquant_val: float = 0.5
+    weight: torch.Tensor,
+    input_amax: torch.Tensor | None = None,
+    smoothquant_val: float = 0.5,
+    weight_amax: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return the weight itself."""
     return {"weight": weight}

@@ -11,16 +11,21 @@ from collections.abc import Mapping
 
 import torch
 
+from llmserve.checkpoint.scratch import Scratch
 from llmserve.checkpoint.tensor_spec import TensorSpec
 from llmserve.quantization import Stored
 from llmserve.quantization.amax import row_amax
+from llmserve.quantization.rowwise import QuantizedRows, scaled_square
 
 CALIBRATED = False
 ROWWISE = True
 
 
 def quantize(
-    weight: torch.Tensor, input_amax: torch.Tensor | None = None, smoothquant_val: float = 0.5
+    weight: torch.Tensor,
+    input_amax: torch.Tensor | None = None,
+    smoothquant_val: float = 0.5,
+    weight_amax: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Quantise to ``weight`` int8 (..., out, in) and ``per_channel_scale`` float32 (..., out)."""
     scale = row_amax(weight) / 128
@@ -29,6 +34,21 @@ def quantize(
     # The division promotes to float32, so this is the only copy of the weight in it.
     q = torch.div(weight, scale[..., None]).round_().clamp_(-128, 127).to(torch.int8)
     return {"weight": q, "per_channel_scale": scale}
+
+
+def quantize_rows(
+    rows: torch.Tensor, amax: torch.Tensor, out: torch.Tensor, scratch: Scratch
+) -> QuantizedRows:
+    """Quantise some rows (rows, in) into ``out``; see ``RowwiseFormat``."""
+    shape = tuple(rows.shape)
+    scale = amax / 128
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    scaled = torch.div(rows, scale[:, None], out=scratch.tensor("scaled", shape, torch.float32))
+    squared_norm = scaled_square(scaled, scale)
+    rounded = torch.round(scaled, out=scratch.tensor("stored", shape, torch.float32))
+    out.copy_(rounded.clamp_(-128, 127))
+    error = scaled.sub_(rounded)
+    return QuantizedRows({"per_channel_scale": scale}, scaled_square(error, scale), squared_norm)
 
 
 def dequantize(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

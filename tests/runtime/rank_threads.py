@@ -80,7 +80,7 @@ class RankThreads:
             runner.allocate_kv_cache((num_blocks,))
             for cache in runner._kv_cache:
                 if cache.is_floating_point():
-                    cache.fill_(float("nan"))
+                    cache.fill_(float("nan") if cache.is_floating_point() else 127)
         self.info = self.ranks[0].info
 
     def each(self, act: Callable[..., _Result], *arguments: list[Any]) -> list[_Result]:

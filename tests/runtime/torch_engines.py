@@ -58,7 +58,7 @@ def open_runner(
     )
     runner.allocate_kv_cache((num_blocks,))
     for cache in runner._kv_cache:
-        cache.fill_(float("nan"))
+        cache.fill_(float("nan") if cache.is_floating_point() else 127)
     return runner
 
 

@@ -1,4 +1,4 @@
-"""FP8_PER_CHANNEL_PER_TOKEN on a GPU with FP8 products: both sides in float8_e4m3fn."""
+"""FP8 products on a GPU that has them: both sides in float8_e4m3fn, scales by row or by tensor."""
 
 from __future__ import annotations
 
@@ -45,6 +45,51 @@ class Fp8Linear:
             quantized, self._weight.t(), scale, self._scale, out_dtype=torch.bfloat16
         ).to(x.dtype)
         return y if self._bias is None else y.add_(self._bias)
+
+
+class StaticFp8Linear:
+    """The product of FP8 weights with activations under a fixed scale.
+
+    Args:
+        weight: float8_e4m3fn (out, in) on a GPU.
+        scale: float32 (1,), the weight's.
+        input_scale: float32 (1,), the activations'.
+        bias: (out,) or None.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        input_scale: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
+        self._weight, self._scale, self._input_scale = weight, scale, input_scale
+        self._bias = bias
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the weight, the scales and the bias."""
+        bias = 0 if self._bias is None else self._bias.nbytes
+        return self._weight.nbytes + self._scale.nbytes + self._input_scale.nbytes + bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(tokens, in) -> (tokens, out)."""
+        quantized = quantize_fp8(x, self._input_scale)
+        y = torch._scaled_mm(
+            quantized, self._weight.t(), self._input_scale, self._scale, out_dtype=x.dtype
+        )
+        return y if self._bias is None else y.add_(self._bias)
+
+
+def quantize_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x / scale in float8_e4m3fn; what lies beyond it takes its end, NaN stays NaN."""
+    return (x.float() / scale).clamp_(-_MAX, _MAX).to(torch.float8_e4m3fn)
+
+
+def round_to_fp8(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The same as float32: e4m3 numbers, x / scale."""
+    return quantize_fp8(x, scale).float()
 
 
 def quantize_per_token_fp8(

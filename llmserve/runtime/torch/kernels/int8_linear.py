@@ -1,9 +1,10 @@
-"""W8A16 on a CPU: integer products, activations quantised to 8 bits token by token.
+"""W8A16 and W8A8_SQ_PER_CHANNEL on a CPU: integer products.
 
-The sums are exact in int32 and every row has a scale of its own, so a row of the result depends on
-nothing else in the batch, to the bit. It goes through oneDNN, which has fast products of unsigned
-activations with signed weights on every CPU with VNNI or AMX; on others ``int8_products_pay`` says
-no and the weights are unpacked instead.
+W8A16's activations are quantised to 8 bits token by token, SmoothQuant's by factors that were fixed
+when the checkpoint was made. The sums are exact in int32 and no scale is that of a batch, so a row
+of the result depends on nothing else in it, to the bit. It goes through oneDNN, which has fast
+products of unsigned activations with signed weights on every CPU with VNNI or AMX; on others
+``int8_products_pay`` says no and the weights are unpacked instead.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_ZERO_POINT = 128  # activations are stored as round(x / scale) + 128, in [1, 255]
+_ZERO_POINT = 128  # activations are stored as round(x / scale) + 128
 _MIN_AMAX = 1e-20  # a row of zeros needs some scale
 # An int8 product that takes longer than this many in float32 is oneDNN's reference code, which is
 # a hundred times slower; fast ones are below 2 however busy the machine is.
@@ -54,6 +55,58 @@ class Int8Linear:
         if self._bias is not None:
             y.add_(self._bias)
         return y.to(x.dtype)
+
+
+class StaticInt8Linear:
+    """The product of int8 weights with activations that are quantised by fixed factors.
+
+    Args:
+        weight: int8 (out, in); repacked, and not held.
+        scale: float32 (out,): the weights' scales times the activations'.
+        factor: float32 (in,): what brings each input channel to steps.
+        bias: (out,) or None.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        scale: torch.Tensor,
+        factor: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
+        self._packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        self._scale, self._factor, self._bias = scale, factor, bias
+        self._zero_points = torch.zeros(1, dtype=torch.int64)
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of the packed weight, the scales, the factors and the bias."""
+        packed: int = torch.ops.mkldnn._nbytes(self._packed)
+        bias = 0 if self._bias is None else self._bias.nbytes
+        return packed + self._scale.nbytes + self._factor.nbytes + bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(tokens, in) -> (tokens, out); NaN in a row of ``x`` makes that row's results NaN."""
+        steps = static_steps(x, self._factor)
+        quantized = (steps + _ZERO_POINT).to(torch.uint8)
+        y = int8_product(quantized, self._packed, self._scale, self._zero_points)
+        if self._bias is not None:
+            y.add_(self._bias)
+        # Integers know no NaN: 0 or NaN is added, by row.
+        return y.add_(steps.sum(-1, keepdim=True) * 0).to(x.dtype)
+
+
+def static_steps(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Quantise activations by fixed factors; what lies beyond them takes their end.
+
+    Args:
+        x: (tokens, features).
+        factor: float32 (features,).
+
+    Returns:
+        Integers in [-128, 127] as float32 (tokens, features); NaN stays NaN.
+    """
+    return (x.float() * factor).round_().clamp_(-128, 127)
 
 
 def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
