@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from llmserve.errors import ConfigError
 
 CapacitySchedulerPolicy = Literal["guaranteed_no_evict", "max_utilization"]
 DType = Literal["auto", "float16", "bfloat16", "float32"]
+CheckpointFormat = Literal["tensorrt-llm", "hf"]
+CHECKPOINT_FORMATS: tuple[CheckpointFormat, ...] = get_args(CheckpointFormat)
 # The command line's short names, and the quant_algo that TensorRT-LLM's config.json knows.
 QUANT_ALGOS: dict[str, str | None] = {
     "none": None,
@@ -157,3 +160,110 @@ class EngineConfig:
             self.capacity_scheduler_policy,
             get_args(CapacitySchedulerPolicy),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationConfig:
+    """The text that activation ranges are measured on.
+
+    Attributes:
+        path: A .jsonl, .txt or .safetensors file, or a directory of the first two; None takes the
+            text that ships with llmserve.
+        samples: Most sequences that are run.
+        seq_len: Most tokens of one; a longer document gives several.
+        seed: Of the choice among more documents than ``samples``.
+    """
+
+    path: Path | None = None
+    samples: int = 512
+    seq_len: int = 512
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        check_at_least("calib_samples", self.samples, 1)
+        check_at_least("calib_seq_len", self.seq_len, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityConfig:
+    """How a quantised model is held against the one it was made from.
+
+    Attributes:
+        measure: Whether to run both at all; a limit asks for it too.
+        text: Held-out text, as ``CalibrationConfig.path``; None takes what ships with llmserve.
+        samples: Most sequences that are run.
+        seq_len: Most tokens of one.
+        seed: Of the choice among more documents than ``samples``.
+        max_kl: Largest mean KL divergence that passes, in nats a token; None: any.
+        min_top1: Smallest share of positions with the same likeliest token that passes, from 0 to
+            1; None: any.
+    """
+
+    measure: bool = False
+    text: Path | None = None
+    samples: int = 128
+    seq_len: int = 512
+    seed: int = 1234
+    max_kl: float | None = None
+    min_top1: float | None = None
+
+    def __post_init__(self) -> None:
+        check_at_least("quality_samples", self.samples, 1)
+        # The first token of a sequence is predicted by nothing.
+        check_at_least("quality_seq_len", self.seq_len, 2)
+        check_at_least("max_kl", self.max_kl, 0)
+        check_at_least("min_top1", self.min_top1, 0)
+        if self.min_top1 is not None and self.min_top1 > 1:
+            raise ConfigError(f"min_top1 is {self.min_top1}; it is a share and must be at most 1")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether both models are to be run."""
+        return self.measure or self.max_kl is not None or self.min_top1 is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertConfig:
+    """What a conversion makes.
+
+    Attributes:
+        quant: One of ``QUANT_ALGOS``: how weights are stored.
+        kv_cache_dtype: One of ``KV_CACHE_QUANT_ALGOS``: how K and V will be stored.
+        dtype: Of all that is not quantised; 'auto' is the source's own.
+        tp_size: Tensor-parallel ranks, a file each.
+        smoothquant_val: SmoothQuant's alpha in [0, 1]; of int8_sq alone.
+        checkpoint_format: 'tensorrt-llm' for TensorRT-LLM up to 1.2 and the native engine, 'hf' for
+            a Hugging Face checkpoint quantised as ModelOpt does, for TensorRT-LLM 1.3+ and others.
+    """
+
+    quant: str = "none"
+    kv_cache_dtype: str = "auto"
+    dtype: DType = "auto"
+    tp_size: int = 1
+    smoothquant_val: float = 0.5
+    checkpoint_format: CheckpointFormat = "tensorrt-llm"
+
+    def __post_init__(self) -> None:
+        check_choice("quant", self.quant, tuple(QUANT_ALGOS))
+        check_choice("kv_cache_dtype", self.kv_cache_dtype, tuple(KV_CACHE_QUANT_ALGOS))
+        check_choice("dtype", self.dtype, get_args(DType))
+        check_choice("checkpoint_format", self.checkpoint_format, CHECKPOINT_FORMATS)
+        check_at_least("tp_size", self.tp_size, 1)
+        check_at_least("smoothquant_val", self.smoothquant_val, 0)
+        if self.smoothquant_val > 1:
+            raise ConfigError(f"smoothquant_val is {self.smoothquant_val}; it must be at most 1")
+        if self.checkpoint_format == "hf" and self.tp_size != 1:
+            raise ConfigError(
+                f"tp_size is {self.tp_size}; a Hugging Face checkpoint has no ranks: whoever loads "
+                "it splits it"
+            )
+
+    @property
+    def quant_algo(self) -> str | None:
+        """As in config.json."""
+        return QUANT_ALGOS[self.quant]
+
+    @property
+    def kv_cache_quant_algo(self) -> str | None:
+        """As in config.json."""
+        return KV_CACHE_QUANT_ALGOS[self.kv_cache_dtype]

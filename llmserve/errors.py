@@ -9,6 +9,7 @@ The tree::
     ├── CheckpointError           what is on disk cannot be used: names it and says what to do
     │   ├── CheckpointNotFoundError
     │   └── UnsupportedCheckpointError   an architecture, format or feature that is not implemented
+    ├── QualityError              a conversion is worse than the limit it was given: names both
     ├── BatchError                a batch job cannot start or go on: says what to do
     │   ├── BatchInputError       the jobs file: names line and field of each fault
     │   └── BatchJournalError     the record of finished answers cannot be used or written
@@ -62,6 +63,10 @@ class CheckpointNotFoundError(CheckpointError):
 
 class UnsupportedCheckpointError(CheckpointError):
     """A well-formed checkpoint with something in it that llmserve does not implement."""
+
+
+class QualityError(LlmserveError):
+    """What was measured is beyond ``--max-kl`` or ``--min-top1``."""
 
 
 class BatchError(LlmserveError):

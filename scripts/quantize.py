@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Hugging Face checkpoint -> quantised TensorRT-LLM checkpoint, with quantize.py's flags.
 
-The formats that need no calibration: --qformat fp8_pc_pt, int8_wo and full_prec. int8_wo writes
-plain weights that the build quantises, as NVIDIA's own does. A flag that is not implemented is
-refused by name.
+--qformat fp8, fp8_pc_pt, int8_sq, int8_wo and full_prec, and --kv_cache_dtype. int8_wo writes plain
+weights that the build quantises, and int8_sq takes SmoothQuant's alpha as 1, both as NVIDIA's own
+does. --calib_dataset is a text of your own. A flag that is not implemented is refused by name.
 """
 
 from __future__ import annotations
@@ -15,14 +15,23 @@ from pathlib import Path
 from llmserve.cli import run_reporting
 from llmserve.cli.conversion import run_conversion
 from llmserve.cli.tensorrt_llm_flags import (
+    add_calibration_flags,
+    calibration_of,
     flag_parser,
     refuse_all_but,
     refuse_switches,
     refuse_values,
 )
+from llmserve.config import ConvertConfig
 
-_QUANT_OF_QFORMAT = {"fp8_pc_pt": "fp8_rowwise", "int8_wo": "w8a16", "full_prec": "none"}
-_OTHER_QFORMATS = ("fp8", "int8_sq", "int4_awq", "w4a8_awq", "int4_wo", "nvfp4")
+_QUANT_OF_QFORMAT = {
+    "fp8": "fp8",
+    "fp8_pc_pt": "fp8_rowwise",
+    "int8_sq": "int8_sq",
+    "int8_wo": "w8a16",
+    "full_prec": "none",
+}
+_OTHER_QFORMATS = ("int4_awq", "w4a8_awq", "int4_wo", "nvfp4")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,19 +45,18 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--qformat", choices=(*_QUANT_OF_QFORMAT, *_OTHER_QFORMATS), default="full_prec"
     )
+    flags.add_argument("--kv_cache_dtype", choices=("int8", "fp8"), help="of K and V (the model's)")
+    flags.add_argument("--tp_size", type=int, default=1, help="tensor-parallel ranks")
+    add_calibration_flags(flags, length="--calib_max_seq_length")
+    flags.add_argument("--seed", type=int, default=1234, help="of the choice of samples")
     refuse_values(
         flags,
         {
-            # Without calibration there is nothing to run on a GPU.
+            # Calibration runs on the GPU where there is one.
             "--device": ("cuda", "cpu"),
-            **dict.fromkeys(("--tp_size", "--pp_size", "--cp_size", "--batch_size"), ("1",)),
-            "--kv_cache_dtype": (),
+            **dict.fromkeys(("--pp_size", "--cp_size", "--batch_size"), ("1",)),
             "--awq_block_size": ("128",),
-            "--calib_dataset": ("cnn_dailymail",),
-            "--calib_size": ("512",),
-            "--calib_max_seq_length": ("512",),
             "--tokenizer_max_seq_length": ("2048",),
-            "--seed": ("1234",),
             "--autoq_format": (),
             "--auto_quantize_bits": (),
         },
@@ -61,9 +69,19 @@ def run(argv: list[str] | None = None) -> int:
     """Parse and quantise. Returns the exit code."""
     args = parser().parse_args(argv)
     refuse_all_but("--qformat", args.qformat, _QUANT_OF_QFORMAT)
-    quant = _QUANT_OF_QFORMAT[args.qformat]
+    settings = ConvertConfig(
+        quant=_QUANT_OF_QFORMAT[args.qformat],
+        kv_cache_dtype=args.kv_cache_dtype or "auto",
+        dtype=args.dtype,
+        tp_size=args.tp_size,
+        smoothquant_val=1.0 if args.qformat == "int8_sq" else ConvertConfig().smoothquant_val,
+    )
     out = run_conversion(
-        args.model_dir, args.output_dir, quant=quant, dtype=args.dtype, halve_float32=True
+        args.model_dir,
+        args.output_dir,
+        settings,
+        calibration=calibration_of(args, settings),
+        halve_float32=True,
     )
     print(f"wrote the checkpoint {out}")
     return 0

@@ -1,4 +1,6 @@
-"""The files that travel with the weights: the tokenizer's, the chat template, generation_config."""
+"""The files that travel with the weights: the tokenizer's, the chat template, generation_config,
+and what the conversion cost in quality.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,10 @@ import os
 import shutil
 from pathlib import Path
 
+from llmserve.checkpoint.config_file import artifact_kind
+
 GENERATION_CONFIG = "generation_config.json"
+QUALITY_FILE = "quality.json"
 COMPANION_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
@@ -16,8 +21,14 @@ COMPANION_DIRECTORIES = ("additional_chat_templates",)
 
 
 def companions(source: Path) -> list[Path]:
-    """Those that are in a directory, relative to it."""
+    """Those that are in a directory, relative to it.
+
+    quality.json travels with weights that stay what they are. A Hugging Face checkpoint's is about
+    itself, and a conversion writes one of its own.
+    """
     found = [Path(name) for name in COMPANION_FILES if (source / name).is_file()]
+    if (source / QUALITY_FILE).is_file() and artifact_kind(source) != "huggingface":
+        found.append(Path(QUALITY_FILE))
     for name in COMPANION_DIRECTORIES:
         files = sorted(path for path in (source / name).rglob("*") if path.is_file())
         found += [path.relative_to(source) for path in files]

@@ -75,6 +75,19 @@ class HuggingFaceCheckpoint:
         """A tensor, mapped; see ``RankReader.tensor``."""
         return self._reader(name).tensor(name)
 
+    def readers(self) -> list[RankReader]:
+        """Its files, by name."""
+        return [self._files[name] for name in sorted(self._files)]
+
+    def open_for_reading(self) -> None:
+        """Prepare ``read_into``; see ``RankReader.open_for_reading``."""
+        for reader in self._files.values():
+            reader.open_for_reading()
+
+    def read_into(self, name: str, begin: int, out: torch.Tensor) -> None:
+        """Fill ``out`` with a part of a tensor's bytes; see ``RankReader.read_into``."""
+        self._reader(name).read_into(name, begin, out)
+
     def file_of(self, name: str) -> Path:
         """The file that a tensor is in."""
         return self._reader(name).path

@@ -6,12 +6,15 @@ that names it and says what to do.
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from llmserve.checkpoint.scratch import bytes_of
 from llmserve.checkpoint.tensor_spec import SAFETENSORS_DTYPES, TensorSpec
 from llmserve.errors import CheckpointError, CheckpointNotFoundError, UnsupportedCheckpointError
 
@@ -26,6 +29,10 @@ class RankReader:
 
     Args:
         path: The file.
+
+    Attributes:
+        path: The file.
+        header: Its bytes before the first value; empty until ``open_for_reading``.
 
     Raises:
         CheckpointNotFoundError: There is no such file.
@@ -43,6 +50,9 @@ class RankReader:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         self._names = frozenset(self._file.keys())
+        self.header = b""
+        self._descriptor: int | None = None
+        self._begins: dict[str, int] = {}  # of each tensor's values, in bytes of the file
 
     def __enter__(self) -> RankReader:
         return self
@@ -55,6 +65,9 @@ class RankReader:
         if self._file is not None:
             self._file.__exit__(None, None, None)
             self._file = None
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def names(self) -> list[str]:
         """The names of all tensors, sorted."""
@@ -87,6 +100,55 @@ class RankReader:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{name} in {self.path} cannot be read: {error}") from error
         return tensor
+
+    def open_for_reading(self) -> None:
+        """Prepare ``read_into``, which several threads may then call at once, and ``header``.
+
+        Raises:
+            CheckpointError: The file cannot be opened, or its header not be understood.
+        """
+        if self._descriptor is not None:
+            return
+        try:
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            length = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+            self.header = os.pread(self._descriptor, 8 + length, 0)
+            header = json.loads(self.header[8:])
+            begins = {name: header[name]["data_offsets"][0] for name in self._names}
+            order = sorted(begins.items(), key=lambda item: (item[1], item[0]))
+            self._begins = {name: 8 + length + begin for name, begin in order}
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}") from error
+
+    def names_in_order(self) -> list[str]:
+        """The names of all tensors as they stand in the file; after ``open_for_reading``."""
+        return list(self._begins)
+
+    def read_into(self, name: str, begin: int, out: torch.Tensor) -> None:
+        """Fill ``out`` with a tensor's bytes from byte ``begin`` of it on; nothing is mapped.
+
+        Args:
+            name: The tensor.
+            begin: Of its values, in bytes.
+            out: Contiguous, of any dtype.
+
+        Raises:
+            CheckpointError: There is no such tensor here, the file cannot be read, or has become
+                shorter.
+        """
+        self._open(name)
+        if self._descriptor is None:
+            raise ValueError(f"{self.path} is not open for reading")
+        view = bytes_of(out)
+        position = self._begins[name] + begin
+        while view:
+            try:
+                count = os.preadv(self._descriptor, [view], position)
+            except OSError as error:
+                raise CheckpointError(f"{name} in {self.path} cannot be read: {error}") from error
+            if count == 0:
+                raise CheckpointError(f"{self.path} was cut short while it was read")
+            view, position = view[count:], position + count
 
     def _open(self, name: str) -> Any:
         if self._file is None:

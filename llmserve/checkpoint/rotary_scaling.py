@@ -59,7 +59,8 @@ def check_rotary_scaling(scaling: Mapping[str, Any] | None, max_position_embeddi
     for key in ("mscale", "mscale_all_dim") if kind == "yarn" else ():
         if scaling.get(key) is not None:
             raise UnsupportedCheckpointError(
-                f"rotary scaling 'yarn' with {key} {scaling[key]!r} is not implemented; leave it out"
+                f"rotary scaling 'yarn' with {key} {scaling[key]!r} is not implemented; leave it "
+                "out"
             )
     if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
         raise CheckpointError(

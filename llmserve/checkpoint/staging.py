@@ -2,7 +2,7 @@
 
 A directory is filled beside its place, as ``.NAME.tmp-RANDOM``, and renamed into it at the end.
 Whoever fills one holds a lock on it, so that what a killed process left is told from what another
-is filling, and removed.
+is filling, and removed, or gone on with.
 """
 
 from __future__ import annotations
@@ -13,22 +13,40 @@ import glob
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from llmserve.errors import CheckpointError
 
 
-@contextmanager
-def staged_directory(target: Path, *, required_bytes: int = 0) -> Iterator[Path]:
-    """Yield an empty directory that becomes ``target`` if the block ends without an error.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumable:
+    """How filling a directory is gone on with after its process was killed or interrupted.
 
-    After any error, Ctrl-C included, it is removed and ``target`` is as it was.
+    Attributes:
+        journal: Name of the file in it that says how far it is; the finished one has it not.
+        can_go_on: Whether a directory that was left is one to go on with.
+    """
+
+    journal: str
+    can_go_on: Callable[[Path], bool]
+
+
+@contextmanager
+def staged_directory(
+    target: Path, *, required_bytes: int = 0, resumable: Resumable | None = None
+) -> Iterator[Path]:
+    """Yield a directory that becomes ``target`` if the block ends without an error.
+
+    It is empty, or what was left of an earlier try that can be gone on with. After an error it is
+    removed and ``target`` is as it was; so it is after Ctrl-C, unless it can be gone on with.
 
     Args:
         target: Where the directory goes. It must not exist, or be empty.
         required_bytes: What will be written, about; checked against the free disk space first.
+        resumable: How to go on after a kill; None: begin anew.
 
     Raises:
         CheckpointError: ``target`` exists, or the file system refuses (full, read-only, ...).
@@ -38,20 +56,31 @@ def staged_directory(target: Path, *, required_bytes: int = 0) -> Iterator[Path]
     missing_parents = [parent for parent in place.parents if not parent.exists()]
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        remove_stale(place)
-        staging, lock = _create(place)
+        left = _take_stale(place, resumable)
+        staging, lock = left or _create(place)
     except OSError as error:
         raise _refused(target, error) from error
+    keep = False
     try:
-        _check_disk(place.parent, required_bytes)
+        _check_disk(place.parent, required_bytes - _allocated_bytes(staging))
+        if resumable is not None:
+            _sync(place.parent)  # a power cut must not lose the name of what is gone on with
         yield staging
+        if resumable is not None:
+            (staging / resumable.journal).unlink(missing_ok=True)
         _sync(staging)
         staging.rename(place)
         _sync(place.parent)
     except OSError as error:
         raise _refused(target, error) from error
+    except Exception:
+        raise
+    except BaseException:  # Ctrl-C, or whatever a signal is turned into
+        keep = resumable is not None
+        raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(staging, ignore_errors=True)
         os.close(lock)
         with suppress(OSError):  # one that is not empty stays, and those above it
             for parent in missing_parents:
@@ -87,7 +116,17 @@ def _place(target: Path) -> Path:
 
 def remove_stale(target: Path) -> None:
     """Remove what processes that died left of their tries to make ``target``."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
+    _take_stale(target, None)
+
+
+def _take_stale(target: Path, resumable: Resumable | None) -> tuple[Path, int] | None:
+    """Remove what processes that died left, but for one directory that can be gone on with.
+
+    Returns:
+        That one and the descriptor that holds its lock.
+    """
+    taken = None
+    for path in sorted(target.parent.glob(f".{glob.escape(target.name)}.tmp-*")):
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError:
@@ -95,11 +134,17 @@ def remove_stale(target: Path) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            continue  # someone is filling it
-        else:
+            os.close(lock)  # someone is filling it
+            continue
+        # Until the lock was held, whoever had it may have put the directory into its place.
+        ours = path.exists() and os.path.samestat(os.fstat(lock), path.stat())
+        if ours and taken is None and resumable is not None and resumable.can_go_on(path):
+            taken = path, lock
+            continue
+        if ours:
             shutil.rmtree(path, ignore_errors=True)
-        finally:
-            os.close(lock)
+        os.close(lock)
+    return taken
 
 
 def _create(target: Path) -> tuple[Path, int]:
@@ -113,6 +158,10 @@ def _create(target: Path) -> tuple[Path, int]:
         if staging.exists():
             return staging, lock
         os.close(lock)
+
+
+def _allocated_bytes(directory: Path) -> int:
+    return sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())
 
 
 def _check_disk(directory: Path, required_bytes: int) -> None:

@@ -27,6 +27,9 @@ COMMANDS = {
     "build": "TensorRT-LLM checkpoint -> engine",
     "serve": "serve a model through an OpenAI-compatible API",
     "batch": "run OpenAI batch files, resumably",
+    "quality": "what a model lost by quantisation, on held-out text",
+    "inspect": "what a checkpoint or an engine is, with its tensors",
+    "plan": "whether a model fits a memory, and what it can serve there",
 }
 
 

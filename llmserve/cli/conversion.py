@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from llmserve.cli.progress import ProgressReport
-from llmserve.config import DType
+from llmserve.config import CalibrationConfig, ConvertConfig, QualityConfig
 
 
 def run_conversion(
-    source: str, output: Path, *, quant: str, dtype: DType, halve_float32: bool = False
+    source: str,
+    output: Path,
+    settings: ConvertConfig,
+    *,
+    calibration: CalibrationConfig | None = None,
+    quality: QualityConfig | None = None,
+    halve_float32: bool = False,
 ) -> Path:
-    """Convert with a progress bar and return the checkpoint's directory.
+    """Convert with a progress bar, print what was measured, and return the checkpoint's directory.
 
     Args:
         source: As ``convert`` takes it.
         output: The directory to make.
-        quant: As ``convert`` takes it.
-        dtype: As ``convert`` takes it.
+        settings: As ``convert`` takes them.
+        calibration: As ``convert`` takes it.
+        quality: As ``convert`` takes it.
         halve_float32: Let the dtype 'auto' make float16 of a float32 source, as TensorRT-LLM's own
             scripts do.
 
     Raises:
         CheckpointError: The source cannot be read, or the output not be written.
+        QualityError: The result misses a limit.
     """
     from llmserve.checkpoint.config_file import check_kind
     from llmserve.checkpoint.staging import check_free
@@ -32,9 +41,24 @@ def run_conversion(
     check_free(output.expanduser())
     path = locate(source)
     check_kind(path, "huggingface")
-    from llmserve.convert.converter import convert, half_precision
+    from llmserve.checkpoint.quality_file import read_quality
+    from llmserve.cli.quality import chat_renderer, format_quality
+    from llmserve.convert.converter import convert
+    from llmserve.convert.target_config import half_precision
 
-    if halve_float32 and dtype == "auto":
-        dtype = half_precision(path)
+    if halve_float32 and settings.dtype == "auto":
+        settings = dataclasses.replace(settings, dtype=half_precision(path))
     with ProgressReport() as report:
-        return convert(path, output, quant=quant, dtype=dtype, report=report)
+        out = convert(
+            path,
+            output,
+            settings=settings,
+            calibration=calibration,
+            quality=quality,
+            render_chat=chat_renderer(path),
+            report=report,
+        )
+    told = read_quality(out)
+    if told is not None and told.measurement is not None:
+        print(format_quality(told.measurement, told))
+    return out

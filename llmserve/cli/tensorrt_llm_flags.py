@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from llmserve.config import CalibrationConfig, ConvertConfig
 from llmserve.errors import ConfigError
+
+# The names under which TensorRT-LLM's scripts fetch a dataset, their defaults; here they stand for
+# the text that llmserve has of its own.
+_DEFAULT_DATASETS = ("ccdv/cnn_dailymail", "cnn_dailymail")
 
 
 class _Refuse(argparse.Action):
@@ -59,3 +65,61 @@ def refuse_all_but(flag: str, value: str, implemented: Iterable[str]) -> None:
     """Raise ConfigError unless the value of an honoured flag is one that is implemented."""
     if value not in (known := tuple(implemented)):
         raise ConfigError(f"{flag} {value} is not implemented; these are: {', '.join(known)}")
+
+
+def add_calibration_flags(parser: argparse.ArgumentParser, *, length: str) -> None:
+    """Add what calibrated formats run on; ``length`` names the flag for a sample's tokens."""
+    default = CalibrationConfig()
+    parser.add_argument(
+        "--calib_dataset",
+        default=_DEFAULT_DATASETS[0],
+        metavar="TEXT",
+        help="your own .jsonl or .txt file, or a directory of these (llmserve's own text)",
+    )
+    parser.add_argument("--calib_size", type=int, default=default.samples, help="most samples")
+    parser.add_argument(
+        length, dest="calib_seq_len", type=int, default=default.seq_len, help="tokens of a sample"
+    )
+
+
+def calibration_of(args: argparse.Namespace, settings: ConvertConfig) -> CalibrationConfig | None:
+    """The settings that ``add_calibration_flags`` has read; None where nothing is calibrated.
+
+    Raises:
+        ConfigError: One is given and nothing is calibrated, or a dataset to be fetched.
+    """
+    named = None if args.calib_dataset in _DEFAULT_DATASETS else Path(args.calib_dataset)
+    default = CalibrationConfig()
+    asked = CalibrationConfig(
+        path=named,
+        samples=args.calib_size,
+        seq_len=args.calib_seq_len,
+        seed=getattr(args, "seed", default.seed),
+    )
+    if settings.quant not in ("fp8", "int8_sq") and settings.kv_cache_dtype == "auto":
+        if asked != default:
+            flags = ("path", "--calib_dataset"), ("samples", "--calib_size"), ("seed", "--seed")
+            changed = (f for name, f in flags if getattr(asked, name) != getattr(default, name))
+            raise ConfigError(
+                f"{next(changed, '--calib_max_seq_length')} is given and nothing is calibrated; "
+                "leave it out"
+            )
+        return None
+    if named is not None and not named.expanduser().exists():
+        raise ConfigError(
+            f"--calib_dataset {named}: there is no such file or directory, and datasets are not "
+            "fetched; name a .jsonl or .txt file of your own"
+        )
+    return asked
+
+
+def one_of(flags: Mapping[str, tuple[str, bool]], *, default: str) -> str:
+    """The value of the flag that is set; ``default`` if none is.
+
+    Raises:
+        ConfigError: Two are.
+    """
+    given = [(flag, value) for flag, (value, is_set) in flags.items() if is_set]
+    if len(given) > 1:
+        raise ConfigError(f"{given[0][0]} and {given[1][0]} exclude each other")
+    return given[0][1] if given else default

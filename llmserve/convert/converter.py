@@ -1,37 +1,50 @@
-"""Writes a TensorRT-LLM checkpoint: config.json, rank0.safetensors, and the tokenizer's files.
+"""Converts: a Hugging Face checkpoint to a TensorRT-LLM one, or to a quantised Hugging Face one.
 
-It reads tensors one at a time, in the order of the file it writes, so that memory holds the
-sources of one tensor and its result. It knows tables and formats, and neither runtime nor engine.
+It says what is done in which order: plan, calibrate, write, judge. Who knows families, formats and
+files are the modules that it calls.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+from blake3 import blake3
 
-from llmserve.checkpoint.companions import GENERATION_CONFIG, companions_bytes, copy_companions
-from llmserve.checkpoint.config import DTYPES, PretrainedConfig
+from llmserve.checkpoint.companions import (
+    GENERATION_CONFIG,
+    QUALITY_FILE,
+    companions_bytes,
+    copy_companions,
+)
 from llmserve.checkpoint.config_file import CONFIG_FILE, check_kind, write_json
-from llmserve.checkpoint.decoder_tensors import plain_tensors, quantized_linear
-from llmserve.checkpoint.engine_dir import RANK_FILE
+from llmserve.checkpoint.engine_dir import rank_file
 from llmserve.checkpoint.huggingface import HuggingFaceCheckpoint
 from llmserve.checkpoint.progress import Report, no_report
-from llmserve.checkpoint.quant_config import FP8_ROWWISE_EXCLUDE_MODULES, QuantConfig
-from llmserve.checkpoint.staging import check_free, staged_directory
+from llmserve.checkpoint.quality_file import write_measurement
+from llmserve.checkpoint.staging import Resumable, check_free, staged_directory
 from llmserve.checkpoint.tensor_source import TensorSource
 from llmserve.checkpoint.writer import StreamingWriter
-from llmserve.config import QUANT_ALGOS, DType, check_choice
+from llmserve.config import CalibrationConfig, ConvertConfig, QualityConfig
+from llmserve.convert.artifact import Artifact, open_artifact
+from llmserve.convert.calibrate import RANGES_FILE, ActivationRanges, calibrate, plain_config
+from llmserve.convert.export_hf import check_exportable, export_hf
 from llmserve.convert.families import family
 from llmserve.convert.hub import locate
+from llmserve.convert.import_hf import ImportedTensors, quantization_of
+from llmserve.convert.journal import JOURNAL_FILE, can_go_on, conversion_identity
 from llmserve.convert.plain_tensors import PlainTensors
-from llmserve.convert.plan import make_plan
-from llmserve.errors import CheckpointError, UnsupportedCheckpointError
-from llmserve.quantization import weight_format
-from llmserve.quantization.layout import checkpoint_tensors
+from llmserve.convert.plan import Target, make_plan
+from llmserve.convert.quality import check_limits, held_out_samples, measure
+from llmserve.convert.quantizer import Quantizer, needs_calibration
+from llmserve.convert.samples import RenderChat, Samples, load_samples
+from llmserve.convert.stream import execute, written_bytes
+from llmserve.convert.target_config import target_config
+from llmserve.convert.tokenizer_model import write_tokenizer_json
+from llmserve.errors import ConfigError
+from llmserve.quantization.layout import engine_tensors, rank_shards, rank_tensors
 
 # A header of names and shapes, and config.json.
 _OVERHEAD_BYTES = 2**20
@@ -43,112 +56,211 @@ def convert(
     source: str | Path,
     out_dir: str | Path,
     *,
-    quant: str = "none",
-    dtype: DType = "auto",
+    settings: ConvertConfig | None = None,
+    calibration: CalibrationConfig | None = None,
+    quality: QualityConfig | None = None,
+    render_chat: RenderChat | None = None,
     report: Report = no_report,
+    **changes: Any,
 ) -> Path:
-    """Convert a Hugging Face checkpoint to a TensorRT-LLM checkpoint directory.
+    """Convert a Hugging Face checkpoint.
+
+    W8A16 is written as TensorRT-LLM's quantize.py does, with plain weights that the build
+    quantises: such a checkpoint is as large as its source. A source that is quantised already, in
+    ModelOpt's layout, keeps its quantisation; FP8 linears that are one weight in TensorRT-LLM and
+    stand under several scales are brought to the largest. After a kill or Ctrl-C the same call goes
+    on where it stopped.
 
     Args:
         source: A directory, or a Hub id, 'owner/name' or 'owner/name@revision'.
         out_dir: The directory to make; it appears when it is whole.
-        quant: 'none', 'w8a16' or 'fp8_rowwise'. W8A16 is written as TensorRT-LLM's quantize.py
-            does, with plain weights that the build quantises: such a checkpoint is as large as
-            its source.
-        dtype: Of all that is not quantised. 'auto' is the source's own.
-        report: Told after every tensor.
+        settings: What to make; None takes ``ConvertConfig(**changes)``.
+        calibration: The text for formats that need ranges of activations; None takes llmserve's.
+        quality: Whether to run the result against the source, and the limits it must keep.
+        render_chat: Writes the messages of a text as the model's chat template does.
+        report: Told of the progress.
+        changes: Fields of ``ConvertConfig``, e.g. ``quant='fp8'``; only without ``settings``.
 
     Returns:
         ``out_dir``.
 
     Raises:
-        ConfigError: ``quant`` or ``dtype`` is none of the choices.
+        ConfigError: A setting is none of the choices, or they do not go together.
         CheckpointError: The source cannot be read, is not whole or not supported, or the output
             cannot be written. Nothing is left at ``out_dir``.
+        QualityError: The result misses a limit. Nothing is left at ``out_dir``.
     """
-    check_choice("quant", quant, tuple(QUANT_ALGOS))
-    check_choice("dtype", dtype, ("auto", *DTYPES))
+    if settings is not None and changes:
+        raise TypeError(f"settings are given, and {', '.join(changes)} besides")
+    settings = settings or ConvertConfig(**changes)
     out_dir = Path(out_dir).expanduser()
     check_free(out_dir)
     path = locate(str(source))
     check_kind(path, "huggingface")
     with HuggingFaceCheckpoint(path) as checkpoint:
-        rules = family(checkpoint.config)
-        quantization = _quant_config(QUANT_ALGOS[quant])
-        resolved = _source_dtype(checkpoint) if dtype == "auto" else dtype
-        config = rules.pretrained_config(checkpoint.config, resolved, quantization)
-        source_tensors = PlainTensors(checkpoint, make_plan(checkpoint, rules, config))
-        specs = checkpoint_tensors(config)
-        total = sum(spec.nbytes for spec in specs.values())
-        required = total + companions_bytes(path) + _OVERHEAD_BYTES
-        with staged_directory(out_dir, required_bytes=required) as staging:
-            done = 0
-            with StreamingWriter(staging / RANK_FILE, specs) as writer:
-                for name, tensor in _tensors(source_tensors, config):
-                    writer.write(name, tensor)
-                    done += tensor.nbytes
-                    report("convert", done, total)
-            write_json(staging / CONFIG_FILE, config.to_dict())
+        conversion = _Conversion(checkpoint, settings, report)
+        ranges_from = conversion.calibration(calibration or CalibrationConfig(), render_chat)
+        required = conversion.required_bytes + companions_bytes(path) + _OVERHEAD_BYTES
+        with staged_directory(
+            out_dir, required_bytes=required, resumable=conversion.resumable(ranges_from)
+        ) as staging:
+            conversion.write(staging, ranges_from)
             copy_companions(path, staging)
             if not (staging / GENERATION_CONFIG).exists():
                 write_json(staging / GENERATION_CONFIG, _generation_config(checkpoint.config))
+            write_tokenizer_json(path, staging)
+            if quality is not None and quality.wanted:
+                conversion.judge(staging, quality, render_chat)
     if not (out_dir / "tokenizer.json").exists():
         logger.warning("%s has no tokenizer.json: what is made of it takes token ids only", path)
     return out_dir
 
 
-def half_precision(source: str | Path) -> DType:
-    """The dtype that TensorRT-LLM's scripts take for 'auto': the source's, float32 as float16.
+class _Calibration(NamedTuple):
+    """What the ranges of activations come from: a text to run, or an earlier calibration's."""
 
-    Raises:
-        CheckpointError: As ``convert``.
-    """
-    with HuggingFaceCheckpoint(locate(str(source))) as checkpoint:
-        dtype = _source_dtype(checkpoint)
-    return "bfloat16" if dtype == "bfloat16" else "float16"
+    samples: Samples | None
+    ranges: ActivationRanges | None
+    digest: str
 
 
-def _tensors(source: TensorSource, config: PretrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of the checkpoint to write, one at a time."""
-    algo = config.quantization.quant_algo
-    for target in plain_tensors(config):
-        tensor = source.tensor(target)
-        linear = None if algo == "W8A16" else quantized_linear(config, target)
-        if linear is None:
-            yield target, tensor
-            continue
-        for suffix, stored in weight_format(algo).quantize(tensor).items():
-            yield f"{linear}.{suffix}", stored
+class _Conversion:
+    """One conversion: a source, what becomes of it, and how."""
 
+    def __init__(
+        self, checkpoint: HuggingFaceCheckpoint, settings: ConvertConfig, report: Report
+    ) -> None:
+        self._checkpoint, self._report = checkpoint, report
+        self._format = settings.checkpoint_format
+        self._family = family(checkpoint.config)
+        self._config = target_config(checkpoint, settings)
+        self._imported = quantization_of(checkpoint.path)
+        self._plan: list[Target] = []
+        self._plain: TensorSource
+        if self._imported is not None:
+            self._plain = ImportedTensors(checkpoint, self._family, self._config, self._imported)
+            self._calibrated = False
+            return
+        if self._format == "hf":
+            check_exportable(self._config)
+        self._plan = make_plan(checkpoint, self._family, self._config)
+        self._plain = PlainTensors(checkpoint, self._plan)
+        self._calibrated = needs_calibration(self._config)
 
-def _source_dtype(checkpoint: HuggingFaceCheckpoint) -> str:
-    """What config.json says, or else what the first tensor has."""
-    names = checkpoint.names()
-    if not names:
-        raise CheckpointError(f"{checkpoint.path} holds no tensors")
-    said = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    dtype = str(said or dtype_name(checkpoint.spec(names[0]).dtype))
-    if dtype not in DTYPES:
-        raise UnsupportedCheckpointError(
-            f"the source's dtype is {dtype!r}; choose one of {', '.join(DTYPES)} with --dtype"
+    @property
+    def required_bytes(self) -> int:
+        """Of the disk, about."""
+        return written_bytes(self._config)
+
+    def calibration(
+        self, settings: CalibrationConfig, render_chat: RenderChat | None
+    ) -> _Calibration | None:
+        """What ranges are found on, or the ranges themselves; None where none are needed."""
+        if not self._calibrated:
+            if settings != CalibrationConfig():
+                raise ConfigError(
+                    "calibration settings are given and nothing is calibrated: only fp8, int8_sq "
+                    "and a quantised KV cache are; leave them out"
+                )
+            return None
+        if settings.path is not None and settings.path.suffix == ".safetensors":
+            ranges = ActivationRanges.load(settings.path, self._config)
+            return _Calibration(None, ranges, blake3(settings.path.read_bytes()).hexdigest())
+        samples = load_samples(
+            settings.path,
+            self._checkpoint.path,
+            default="calibration",
+            samples=settings.samples,
+            seq_len=min(settings.seq_len, self._config.max_position_embeddings),
+            seed=settings.seed,
+            vocab_size=self._config.vocab_size,
+            render_chat=render_chat,
         )
-    return dtype
+        return _Calibration(samples, None, samples.sha256)
 
+    def resumable(self, calibration: _Calibration | None) -> Resumable | None:
+        """How to go on after a kill; None for what is always begun anew."""
+        if self._imported is not None or self._format == "hf":
+            return None
+        identity = self._identity(calibration)
+        return Resumable(journal=JOURNAL_FILE, can_go_on=lambda left: can_go_on(left, identity))
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """'bfloat16' of torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
-
-
-def _quant_config(quant_algo: str | None) -> QuantConfig:
-    if quant_algo == "FP8_PER_CHANNEL_PER_TOKEN":
-        return QuantConfig(
-            quant_algo=quant_algo,
-            clamp_val=[-1200.0, 1200.0],
-            exclude_modules=list(FP8_ROWWISE_EXCLUDE_MODULES),
+    def write(self, staging: Path, calibration: _Calibration | None) -> None:
+        """Write weights and config.json, with the record of it."""
+        if self._imported is not None:
+            self._write_imported(staging)
+            return
+        quantizer = Quantizer(self._plain, self._config, self._ranges(staging, calibration))
+        if self._format == "hf":
+            export_hf(
+                self._checkpoint,
+                self._family,
+                self._plan,
+                self._config,
+                staging,
+                quantize=quantizer,
+                kv_amax=quantizer.kv_amax(),
+                report=self._report,
+            )
+            return
+        record = execute(
+            self._plan,
+            self._checkpoint,
+            self._config,
+            staging,
+            identity=self._identity(calibration),
+            quantize=quantizer,
+            constants=quantizer.kv_cache_scales(),
+            report=self._report,
         )
-    # W8A16 has no exclude_modules on purpose: a list would replace TensorRT-LLM's defaults.
-    return QuantConfig(quant_algo=quant_algo)
+        write_json(staging / QUALITY_FILE, record.to_dict())
+        write_json(staging / CONFIG_FILE, self._config.to_dict())
+
+    def judge(self, staging: Path, quality: QualityConfig, render_chat: RenderChat | None) -> None:
+        """Run the result against the source, write what was measured, and hold it to the limits."""
+        if self._imported is not None:
+            raise ConfigError(
+                "quality is asked for, but the source is quantised already; compare the result "
+                "with the model before quantisation: llmserve quality REFERENCE CANDIDATE"
+            )
+        # The model before quantisation, in the dtype that was asked for.
+        plain = Artifact(self._plain, plain_config(self._config))
+        samples = held_out_samples(quality, self._checkpoint.path, plain.config, render_chat)
+        with open_artifact(staging) as candidate:
+            measurement = measure(plain, candidate, samples, report=self._report)
+        write_measurement(staging, measurement)
+        check_limits(measurement, quality.max_kl, quality.min_top1)
+
+    def _identity(self, calibration: _Calibration | None) -> dict[str, Any]:
+        digest = calibration.digest if calibration is not None else None
+        return conversion_identity(self._checkpoint.path, self._config, {"calibration": digest})
+
+    def _ranges(self, staging: Path, calibration: _Calibration | None) -> ActivationRanges | None:
+        if calibration is None:
+            return None
+        file, ranges = staging / RANGES_FILE, calibration.ranges
+        if ranges is None and file.exists():  # of this very conversion, which was stopped later
+            return ActivationRanges.load(file, self._config)
+        if ranges is None:
+            assert calibration.samples is not None
+            ranges = calibrate(self._plain, self._config, calibration.samples, report=self._report)
+        ranges.save(file)
+        return ranges
+
+    def _write_imported(self, staging: Path) -> None:
+        """Put the source's own quantised tensors together, a tensor at a time."""
+        config, tensors = self._config, engine_tensors(self._config)
+        total = sum(spec.nbytes for spec in tensors.values()) * config.tp_size
+        done = 0
+        for rank in range(config.tp_size):
+            shards = rank_shards(config, tensors, rank)
+            specs = rank_tensors(config, tensors, rank)
+            with StreamingWriter(staging / rank_file(rank), specs) as writer:
+                for name, shard in shards.items():
+                    writer.write(name, shard.take(self._plain.tensor(name)).contiguous())
+                    done += tensors[name].nbytes
+                    self._report("convert", done, total)
+        write_json(staging / CONFIG_FILE, config.to_dict())
 
 
 def _generation_config(hf: Mapping[str, Any]) -> dict[str, Any]:

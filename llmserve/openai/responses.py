@@ -159,12 +159,58 @@ class ChatCompletionChunk(msgspec.Struct, kw_only=True):
     prompt_token_ids: list[int] | UnsetType = UNSET
 
 
+class QualityMeasurement(msgspec.Struct, kw_only=True):
+    """The model against the one it was made from, on held-out text.
+
+    Attributes:
+        weights: What the weights are, e.g. 'FP8', 'W8A16 + INT8 KV'.
+        reference: What they were before.
+        perplexity: Of the text.
+        reference_perplexity: Of the same text, before.
+        kl_divergence: Mean over its tokens of KL(before || now), in nats.
+        top1_agreement: Share of its tokens for which both have the same likeliest one.
+        num_tokens: Tokens of the text.
+        tokens_sha256: Digest of these.
+    """
+
+    weights: str
+    reference: str
+    perplexity: float
+    reference_perplexity: float
+    kl_divergence: float
+    top1_agreement: float
+    num_tokens: int
+    tokens_sha256: str
+
+
+class ModelQuality(msgspec.Struct, kw_only=True):
+    """What is known of the model's quantisation, from its conversion.
+
+    Attributes:
+        quant_algo: Of the weights, in TensorRT-LLM's words; None: they are not quantised.
+        measurement: None where the models were not run.
+        max_quantization_error: The largest relative error of a weight, ``|w - w'| / |w|``; None
+            where none is known.
+        digest_algorithm: Of the digests, e.g. 'blake3'; None without any.
+        source: Digests of the files that were converted, by name.
+        result: Digests of the files that came of it, by name.
+    """
+
+    quant_algo: str | None
+    measurement: QualityMeasurement | None
+    max_quantization_error: float | None
+    digest_algorithm: str | None
+    source: dict[str, str]
+    result: dict[str, str]
+
+
 class Model(msgspec.Struct, kw_only=True):
-    """An entry of ``/v1/models``.
+    """An entry of ``/v1/models``, and the answer of ``/v1/models/{id}``.
 
     Attributes:
         max_model_len: Longest prompt plus answer in tokens: not OpenAI's, but what clients that
             fill the context look for.
+        quality: Not in the list. None where nothing is known.
     """
 
     id: str
@@ -172,6 +218,7 @@ class Model(msgspec.Struct, kw_only=True):
     created: int
     owned_by: str = "llmserve"
     max_model_len: int
+    quality: ModelQuality | UnsetType | None = UNSET
 
 
 class ModelList(msgspec.Struct, kw_only=True):

@@ -13,13 +13,20 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Generic, TypeVar
 
 import msgspec
 from pydantic import JsonValue
 
+from llmserve.checkpoint.quality_file import Quality, read_quality
 from llmserve.core.sampling_params import SamplingParams
-from llmserve.errors import ContextLengthError, InvalidRequestError, LlmserveError
+from llmserve.errors import (
+    CheckpointError,
+    ContextLengthError,
+    InvalidRequestError,
+    LlmserveError,
+)
 from llmserve.llm import AsyncLLM
 from llmserve.openai.errors import ModelNotFoundError, RouteNotFoundError, describe_error
 from llmserve.openai.generation import Generation
@@ -36,6 +43,8 @@ from llmserve.openai.responses import (
     Completion,
     Model,
     ModelList,
+    ModelQuality,
+    QualityMeasurement,
 )
 from llmserve.openai.sampling import clamp_max_tokens, to_sampling_params
 from llmserve.openai.writers import ChatWriter, CompletionWriter, Writer
@@ -102,10 +111,11 @@ class OpenAIServing:
         self.served_model_name = served_model_name
         self._observer = observer or SilentObserver()
         self._created = int(time.time())
+        self._quality = _read_quality(llm.model_dir)
 
     def models(self) -> ModelList:
         """``GET /v1/models``."""
-        return ModelList(data=[self.model(self.served_model_name)])
+        return ModelList(data=[self._model()])
 
     def model(self, name: str) -> Model:
         """``GET /v1/models/{id}``.
@@ -114,8 +124,14 @@ class OpenAIServing:
             ModelNotFoundError: It is another name than the served one.
         """
         self._check_model(name)
+        model = self._model()
+        quality, quant_algo = self._quality, self.llm.engine.info.quant_algo
+        model.quality = None if quality is None else _model_quality(quality, quant_algo)
+        return model
+
+    def _model(self) -> Model:
         max_seq_len = self.llm.engine.info.max_seq_len
-        return Model(id=name, created=self._created, max_model_len=max_seq_len)
+        return Model(id=self.served_model_name, created=self._created, max_model_len=max_seq_len)
 
     async def create_completion(
         self, body: object, request_id: str
@@ -310,6 +326,38 @@ async def _whole(generation: Generation, writer: Writer[ResponseT, object]) -> R
         return writer.response(generation.outputs, generation.usage())
     finally:
         await generation.aclose()
+
+
+def _read_quality(model_dir: Path | None) -> Quality | None:
+    """The model's quality.json; a damaged one is no reason not to serve it."""
+    try:
+        return None if model_dir is None else read_quality(model_dir)
+    except CheckpointError as error:
+        logger.warning("%s; the model is served without its quality", error)
+        return None
+
+
+def _model_quality(quality: Quality, quant_algo: str | None) -> ModelQuality:
+    measurement = None
+    if (measured := quality.measurement) is not None:
+        measurement = QualityMeasurement(
+            weights=measured.candidate,
+            reference=measured.reference,
+            perplexity=measured.perplexity,
+            reference_perplexity=measured.reference_perplexity,
+            kl_divergence=measured.mean_kl,
+            top1_agreement=measured.top1_agreement,
+            num_tokens=measured.num_tokens,
+            tokens_sha256=measured.tokens_sha256,
+        )
+    return ModelQuality(
+        quant_algo=quant_algo,
+        measurement=measurement,
+        max_quantization_error=max(quality.quantization_error.values(), default=None),
+        digest_algorithm=quality.digest_algorithm,
+        source=quality.source,
+        result=quality.result,
+    )
 
 
 def _new_id(prefix: str, request: GenerationRequest, request_id: str) -> tuple[str, int]:

@@ -1,4 +1,7 @@
+import errno
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -6,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmserve.checkpoint.reader import RankReader
+from llmserve.checkpoint.scratch import Scratch
 from llmserve.checkpoint.tensor_spec import TensorSpec
 from llmserve.checkpoint.writer import StreamingWriter
 from llmserve.errors import CheckpointError, CheckpointNotFoundError, UnsupportedCheckpointError
@@ -116,3 +120,106 @@ def test_reader_errors_name_file_and_tensor(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(CheckpointError, match="cut short"):
         RankReader(path)
+
+
+def test_rows_go_behind_one_another_whatever_their_place_in_memory(tmp_path: Path) -> None:
+    # Large enough to go past the page cache, and beginning in the middle of a page.
+    values = torch.randn(300_007, generator=torch.Generator().manual_seed(0))
+    specs = {"a": TensorSpec((3,), torch.int8), "b": TensorSpec((300_007,), torch.float32)}
+    for aligned in (False, True):
+        path, scratch = tmp_path / f"{aligned}.safetensors", Scratch()
+        with StreamingWriter(path, specs) as writer:
+            for part in values.split(100_001):
+                if aligned:
+                    offset = writer.position("b")
+                    place = scratch.tensor("b", (len(part),), part.dtype, file_offset=offset)
+                    assert (place.data_ptr() - offset) % 4096 == 0
+                    part = place.copy_(part)
+                writer.append("b", part)
+            writer.append("a", torch.tensor([1, 2, 3], dtype=torch.int8))
+        read = load_file(path)
+        assert torch.equal(read["b"], values)
+        assert read["a"].tolist() == [1, 2, 3]
+
+
+def test_a_file_system_that_refuses_unbuffered_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pwrite
+    values = torch.randn(300_007)
+    specs = {"b": TensorSpec((300_007,), torch.float32)}
+
+    def refuse(descriptor: int, view: memoryview, offset: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(descriptor, view[: 2**17], offset)  # and writes less than asked for
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with StreamingWriter(tmp_path / "x", specs) as writer:
+        writer.write("b", values)
+    assert torch.equal(load_file(tmp_path / "x")["b"], values)
+
+
+def test_more_values_than_announced_are_refused(tmp_path: Path) -> None:
+    specs = {"a": TensorSpec((2, 2), torch.float32)}
+    with StreamingWriter(tmp_path / "x", specs) as writer:
+        writer.append("a", torch.zeros(3))
+        with pytest.raises(CheckpointError, match="does not fit behind 12 bytes of a"):
+            writer.append("a", torch.zeros(2))
+        with pytest.raises(CheckpointError, match="does not fit"):
+            writer.append("a", torch.zeros(1, dtype=torch.float16))
+        writer.append("a", torch.zeros(1))
+    with (
+        pytest.raises(CheckpointError, match="lacks a"),
+        StreamingWriter(tmp_path / "y", specs) as w,
+    ):
+        w.append("a", torch.zeros(3))
+
+
+def test_a_file_is_gone_on_with(tmp_path: Path) -> None:
+    tensors, path = _tensors(), tmp_path / "x.safetensors"
+    specs = _specs(tensors)
+    names = sorted(tensors)
+    with pytest.raises(KeyError), StreamingWriter(path, specs) as writer:  # noqa: PT012
+        for name in names[:4]:
+            writer.write(name, tensors[name])
+        raise KeyError
+    with pytest.raises(FileExistsError):
+        StreamingWriter(path, specs)
+    with pytest.raises(CheckpointError, match="not the file that was begun"):
+        StreamingWriter(path, {**specs, "int8": TensorSpec((15,), torch.int8)}, resume=True)
+    with StreamingWriter(path, specs, resume=True) as writer:
+        for name in names[:4]:
+            assert b"".join(writer.read(name, 7)) == bytes(
+                tensors[name].contiguous().reshape(-1).view(torch.uint8).tolist()
+            )
+            writer.keep(name)
+            with pytest.raises(CheckpointError, match="before"):
+                writer.write(name, tensors[name])
+        for name in names[4:]:
+            writer.write(name, tensors[name])
+    read = load_file(path)
+    assert all(_same_bytes(read[name], tensors[name]) for name in tensors)
+
+
+def test_bytes_are_read_into_memory_that_is_there(tmp_path: Path) -> None:
+    tensors, path = _tensors(), tmp_path / "x.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    with RankReader(path) as reader:
+        with pytest.raises(ValueError, match="not open for reading"):
+            reader.read_into("fp8", 0, torch.empty(1))
+        reader.open_for_reading()
+        for name, tensor in tensors.items():
+            out = torch.empty(tensor.shape, dtype=tensor.dtype)
+            reader.read_into(name, 0, out)
+            assert _same_bytes(out, tensor), name
+        out = torch.empty(2, 3)
+        reader.read_into("float32", 3 * 3 * 4, out)
+        assert torch.equal(out, tensors["float32"][3:])
+        content = path.read_bytes()
+        assert content.startswith(reader.header)
+        assert sorted(reader.names_in_order()) == reader.names()
+        os.truncate(path, len(content) - 70)
+        with pytest.raises(CheckpointError, match="cut short while it was read"):  # noqa: PT012
+            for name, tensor in tensors.items():
+                reader.read_into(name, 0, torch.empty(tensor.shape, dtype=tensor.dtype))

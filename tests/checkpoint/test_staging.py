@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmserve.checkpoint.staging import check_free, staged_directory
+from llmserve.checkpoint.staging import Resumable, check_free, staged_directory
 from llmserve.errors import CheckpointError
 
 
@@ -76,7 +76,7 @@ def test_what_a_killed_process_left_is_removed_and_what_runs_is_not(tmp_path: Pa
     fill = textwrap.dedent("""
         import sys
         from pathlib import Path
-        from llmserve.checkpoint.staging import check_free, staged_directory
+        from llmserve.checkpoint.staging import Resumable, check_free, staged_directory
         with staged_directory(Path(sys.argv[1])) as staging:
             (staging / "half").write_text("x")
             print(staging.name, flush=True)
@@ -158,4 +158,54 @@ def test_a_read_only_place_is_not_called_full(
     monkeypatch.setattr(Path, "mkdir", lambda path, **kw: None if kw else refuse(path))
     with pytest.raises(CheckpointError, match="Read-only"):  # noqa: SIM117
         with staged_directory(tmp_path / "out", required_bytes=2**62):
+            pytest.fail("the block ran")
+
+
+def _resumable(can_go_on: bool) -> Resumable:
+    return Resumable(journal="journal", can_go_on=lambda left: can_go_on)
+
+
+@pytest.mark.parametrize("can_go_on", [False, True])
+def test_what_was_interrupted_is_gone_on_with_if_it_can_be(tmp_path: Path, can_go_on: bool) -> None:
+    target = tmp_path / "deep" / "out"
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012, SIM117
+        with staged_directory(target, resumable=_resumable(True)) as staging:
+            (staging / "half").write_text("x")
+            (staging / "journal").write_text("y")
+            raise KeyboardInterrupt
+    assert _left(target.parent) == [staging.name]
+    with staged_directory(target, resumable=_resumable(can_go_on)) as again:
+        assert (again == staging) == can_go_on
+        assert _left(again) == (["half", "journal"] if can_go_on else [])
+        assert _left(target.parent) == [again.name]
+        (again / "whole").write_text("z")
+    assert _left(target.parent) == ["out"]
+    assert _left(target) == (["half", "whole"] if can_go_on else ["whole"])
+
+
+def test_an_error_leaves_nothing_to_go_on_with(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):  # noqa: PT012, SIM117
+        with staged_directory(tmp_path / "out", resumable=_resumable(True)) as staging:
+            (staging / "half").write_text("x")
+            raise ValueError
+    assert _left(tmp_path) == []
+
+
+def test_what_is_written_already_needs_no_more_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012, SIM117
+        with staged_directory(tmp_path / "out", resumable=_resumable(True)) as staging:
+            (staging / "half").write_bytes(bytes(2**20))
+            raise KeyboardInterrupt
+    usage = namedtuple("usage", "total used free")(2**40, 2**40, 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    required = 2**21
+    with staged_directory(
+        tmp_path / "out", required_bytes=required, resumable=_resumable(True)
+    ) as again:
+        assert _left(again) == ["half"]
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="are needed"):  # noqa: SIM117
+        with staged_directory(tmp_path / "out", required_bytes=required):
             pytest.fail("the block ran")

@@ -35,19 +35,15 @@ _BUILD = (
 )
 _REFUSED = {
     "convert_checkpoint": [
-        *("--tp_size 2", "--pp_size 2", "--cp_size 2", "--moe_tp_size 4", "--moe_ep_size 4"),
+        *("--pp_size 2", "--cp_size 2", "--moe_tp_size 4", "--moe_ep_size 4"),
         *("--workers 2", "--weight_only_precision int4_awq", "--group_size 64"),
-        *("--smoothquant 0.5", "--calib_dataset mine", "--calib_size 8", "--per_channel"),
-        *("--calib_max_seq_length 64", "--embedding_sharding_dim 1", "--log_level debug"),
-        *("--per_token", "--int8_kv_cache", "--fp8_kv_cache", "--use_fp8", "--save_config_only"),
-        *("--use_meta_fp8_rowwise_recipe", "--use_parallel_embedding"),
+        *("--embedding_sharding_dim 1", "--log_level debug", "--per_token", "--save_config_only"),
+        "--use_meta_fp8_rowwise_recipe",
     ],
     "quantize": [
-        *("--qformat fp8", "--qformat int8_sq", "--qformat int4_awq", "--qformat w4a8_awq"),
-        *("--qformat int4_wo", "--qformat nvfp4", "--kv_cache_dtype int8", "--kv_cache_dtype fp8"),
-        *("--awq_block_size 64", "--quantize_lm_head", "--calib_dataset mine", "--calib_size 8"),
-        *("--calib_max_seq_length 64", "--batch_size 2", "--tokenizer_max_seq_length 64"),
-        *("--seed 1", "--tp_size 2", "--pp_size 2", "--cp_size 2", "--autoq_format fp8"),
+        *("--qformat int4_awq", "--qformat w4a8_awq", "--qformat int4_wo", "--qformat nvfp4"),
+        *("--awq_block_size 64", "--quantize_lm_head", "--batch_size 2"),
+        *("--tokenizer_max_seq_length 64", "--pp_size 2", "--cp_size 2", "--autoq_format fp8"),
         "--auto_quantize_bits 8",
     ],
     "build_engine": [
@@ -97,29 +93,67 @@ def test_what_is_not_implemented_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    ("flags", "algo", "dtype"),
+    ("flags", "algo", "kv_algo", "dtype"),
     [
         # TensorRT-LLM turns float32 sources into float16 under auto.
-        (_CONVERT, None, "float16"),
-        ("--dtype float32", None, "float32"),
-        ("--use_weight_only --weight_only_precision int8", "W8A16", "float16"),
-        ("--use_weight_only --dtype bfloat16", "W8A16", "bfloat16"),
-        ("--use_fp8_rowwise", "FP8_PER_CHANNEL_PER_TOKEN", "float16"),
+        (_CONVERT, None, None, "float16"),
+        ("--dtype float32", None, None, "float32"),
+        ("--use_weight_only --weight_only_precision int8", "W8A16", None, "float16"),
+        ("--use_weight_only --dtype bfloat16", "W8A16", None, "bfloat16"),
+        ("--use_weight_only --int8_kv_cache --calib_size 4", "W8A16", "INT8", "float16"),
+        ("--use_fp8_rowwise", "FP8_PER_CHANNEL_PER_TOKEN", None, "float16"),
+        ("--use_fp8 --fp8_kv_cache --calib_size 4", "FP8", "FP8", "float16"),
+        (
+            *("--smoothquant 0.6 --per_channel --calib_size 4", "W8A8_SQ_PER_CHANNEL"),
+            *(None, "float16"),
+        ),
     ],
 )
 def test_convert_checkpoint(
-    source: Path, tmp_path: Path, flags: str, algo: str | None, dtype: str
+    source: Path, tmp_path: Path, flags: str, algo: str | None, kv_algo: str | None, dtype: str
 ) -> None:
     paths = ["--model_dir", str(source), "--output_dir", str(tmp_path / "out")]
     assert _script("convert_checkpoint").main([*paths, *flags.split()]) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["quantization"]["quant_algo"], config["dtype"]) == (algo, dtype)
+    quantization = config["quantization"]
+    assert (quantization["quant_algo"], quantization["kv_cache_quant_algo"]) == (algo, kv_algo)
+    assert config["dtype"] == dtype
+    if algo == "W8A8_SQ_PER_CHANNEL":
+        assert quantization["smoothquant_val"] == 0.6
 
 
-def test_two_quantisations_at_once_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    script = _script("convert_checkpoint")
-    assert script.main(["--model_dir", "x", "--use_weight_only", "--use_fp8_rowwise"]) == 1
-    assert "--use_weight_only and --use_fp8_rowwise" in capsys.readouterr().err
+@pytest.mark.parametrize("flags", [["--tp_size", "2"], ["--tp_size", "2", "--use_weight_only"]])
+def test_ranks(source: Path, tmp_path: Path, flags: list[str]) -> None:
+    paths = ["--model_dir", str(source), "--output_dir", str(tmp_path / "out")]
+    assert _script("convert_checkpoint").main([*paths, *flags]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["mapping"]["tp_size"], config["mapping"]["world_size"]) == (2, 2)
+    assert sorted(path.name for path in (tmp_path / "out").glob("rank*")) == [
+        "rank0.safetensors",
+        "rank1.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [
+        ("convert_checkpoint", "--use_weight_only --use_fp8_rowwise", "exclude each other"),
+        ("convert_checkpoint", "--int8_kv_cache --fp8_kv_cache", "exclude each other"),
+        ("convert_checkpoint", "--smoothquant 0.5", "--per_channel are implemented only together"),
+        ("convert_checkpoint", "--per_channel", "--per_channel are implemented only together"),
+        ("convert_checkpoint", "--calib_size 8", "--calib_size is given and nothing"),
+        ("convert_checkpoint", "--calib_dataset x", "--calib_dataset is given and nothing"),
+        ("convert_checkpoint", "--use_fp8 --calib_dataset x", "datasets are not fetched"),
+        ("quantize", "--calib_max_seq_length 64", "--calib_max_seq_length is given and nothing"),
+        ("quantize", "--seed 1", "--seed is given and nothing"),
+        ("quantize", "--qformat fp8 --calib_dataset cnn/other", "datasets are not fetched"),
+    ],
+)
+def test_flags_that_do_not_go_together(
+    script: str, flags: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _script(script).main(["--model_dir", "x", *flags.split()]) == 1
+    assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -128,6 +162,8 @@ def test_two_quantisations_at_once_are_refused(capsys: pytest.CaptureFixture[str
         (_QUANTIZE, None),
         ("--qformat int8_wo --device cpu", "W8A16"),
         ("--qformat fp8_pc_pt", "FP8_PER_CHANNEL_PER_TOKEN"),
+        ("--qformat fp8 --kv_cache_dtype fp8 --calib_size 4", "FP8"),
+        ("--qformat int8_sq --kv_cache_dtype int8 --calib_size 4", "W8A8_SQ_PER_CHANNEL"),
     ],
 )
 def test_quantize(source: Path, tmp_path: Path, flags: str, algo: str | None) -> None:

@@ -313,7 +313,9 @@ def test_a_converted_checkpoint_is_not_converted_again(source: Path, tmp_path: P
 
 
 YARN_WITH_MSCALE = {
-    **{"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64},
+    "rope_type": "yarn",
+    "factor": 2.0,
+    "original_max_position_embeddings": 64,
     "mscale": 0.7,
 }
 

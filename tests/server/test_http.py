@@ -6,11 +6,13 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from llmserve.checkpoint.quality_file import Measurement, write_measurement
 from llmserve.core.request import Output, Request
 from llmserve.errors import EngineOverloadedError
 from llmserve.openai.serving import OpenAIServing
@@ -22,6 +24,19 @@ from tests.engines import ScriptedEngine
 from tests.openai.models import MODEL, make_llm, says
 
 COMPLETION = {"model": MODEL, "prompt": "hi"}
+MEASUREMENT = Measurement(
+    reference="bfloat16",
+    candidate="FP8",
+    text="a text",
+    tokens_sha256="00ff",
+    num_samples=2,
+    num_tokens=64,
+    reference_perplexity=8.25,
+    perplexity=8.5,
+    mean_kl=0.0125,
+    max_kl=0.5,
+    top1_agreement=0.96875,
+)
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -177,7 +192,65 @@ async def test_models(server: Server) -> None:
     assert models["object"] == "list"
     (model,) = models["data"]
     assert (model["id"], model["object"], model["max_model_len"]) == (MODEL, "model", 256)
-    assert (await server.client.get(f"/v1/models/{MODEL}")).json() == model
+    # The list is OpenAI's; a model by itself tells of its quality as well, here of none.
+    one = (await server.client.get(f"/v1/models/{MODEL}")).json()
+    assert one == {**model, "quality": None}
+
+
+async def test_a_model_tells_what_was_measured_of_it(tmp_path: Path) -> None:
+    server = Server()
+    llm = make_llm(server.engine)
+    llm.model_dir = tmp_path
+    record = {
+        "digest_algorithm": "blake3",
+        "source": {"model.safetensors": {"digest": "aa", "tensors": {"w": "bb"}}},
+        "result": {"rank0.safetensors": {"digest": "cc", "tensors": {}}},
+        "quantization_error": {"a": 0.25, "b": 0.5},
+    }
+    (tmp_path / "quality.json").write_text(json.dumps(record))
+    write_measurement(tmp_path, MEASUREMENT)
+    server.state.loaded(OpenAIServing(llm, MODEL, server.metrics))
+    async with server.client:
+        quality = (await server.client.get(f"/v1/models/{MODEL}")).json()["quality"]
+        (listed,) = (await server.client.get("/v1/models")).json()["data"]
+    assert quality == {
+        "quant_algo": None,
+        "measurement": {
+            "weights": "FP8",
+            "reference": "bfloat16",
+            "perplexity": 8.5,
+            "reference_perplexity": 8.25,
+            "kl_divergence": 0.0125,
+            "top1_agreement": 0.96875,
+            "num_tokens": 64,
+            "tokens_sha256": "00ff",
+        },
+        "max_quantization_error": 0.5,
+        "digest_algorithm": "blake3",
+        "source": {"model.safetensors": "aa"},
+        "result": {"rank0.safetensors": "cc"},
+    }
+    assert "quality" not in listed
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[]", '{"measurement": 3}', '{"measurement": {"perplexity": "low"}}'),
+        *('{"source": {"a": 1}}', '{"quantization_error": {"w": "small"}}'),
+    ],
+)
+async def test_a_damaged_quality_file_is_no_reason_not_to_serve(
+    tmp_path: Path, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server()
+    llm = make_llm(server.engine)
+    llm.model_dir = tmp_path
+    (tmp_path / "quality.json").write_text(text)
+    server.state.loaded(OpenAIServing(llm, MODEL, server.metrics))
+    assert "quality.json" in caplog.text
+    async with server.client:
+        assert (await server.client.get(f"/v1/models/{MODEL}")).json()["quality"] is None
 
 
 async def test_version(server: Server) -> None:

@@ -1,0 +1,150 @@
+"""The plan against what can be counted: an engine's files, a pool, and a process's memory."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmserve.build.native import build
+from llmserve.checkpoint.config import PretrainedConfig
+from llmserve.checkpoint.engine_dir import read_engine
+from llmserve.config import BuildConfig, EngineConfig, KvCacheConfig
+from llmserve.convert.converter import convert
+from llmserve.engine.planning import MemoryPlan, plan_memory, remedies
+from llmserve.engine.process import ProcessEngine
+from llmserve.engine.sizing import EngineLimits, resolve_limits
+from llmserve.runtime.memory import kv_bytes_per_token, weights_bytes
+from tests.checkpoint.factories import pretrained_config
+from tests.engine.factories import drain, make_request
+from tests.models import make_llama
+
+GIB = 2**30
+LIMITS = EngineLimits(max_batch_size=8, max_num_tokens=512, max_seq_len=1024, tokens_per_block=32)
+
+
+def plan(config: PretrainedConfig, memory_bytes: int = GIB, **limits: int) -> MemoryPlan:
+    return plan_memory(config, dataclasses.replace(LIMITS, **limits), memory_bytes)
+
+
+def test_the_parts_add_up_to_the_memory() -> None:
+    made = plan(pretrained_config())
+    rest = made.memory_bytes - (
+        made.process_bytes + made.weights_bytes + made.activation_bytes + made.kv_pool_bytes
+    )
+    assert made.fits
+    assert 0 <= rest < made.kv_bytes_per_token * 32  # what is left is less than a block
+    assert made.kv_tokens * made.kv_bytes_per_token == made.kv_pool_bytes
+
+
+def test_k_and_v_of_a_token_by_hand() -> None:
+    config = pretrained_config()
+    by_hand = 2 * config.num_key_value_heads * config.head_size * config.num_hidden_layers
+    assert config.dtype in ("float16", "bfloat16")
+    assert kv_bytes_per_token(config) == 2 * by_hand
+    eight_bit = dataclasses.replace(
+        config, quantization=dataclasses.replace(config.quantization, kv_cache_quant_algo="INT8")
+    )
+    assert kv_bytes_per_token(eight_bit) == by_hand
+
+
+@pytest.mark.parametrize("quant", ["none", "w8a16", "fp8_rowwise"])
+def test_weights_are_those_of_the_engines_file(quant: str, tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "hf", dtype=torch.bfloat16)
+    engine = build(convert(source, tmp_path / "c", quant=quant), tmp_path / "engine")
+    config, _ = read_engine(engine)
+    file = engine / "rank0.safetensors"
+    with file.open("rb") as opened:
+        header = 8 + int.from_bytes(opened.read(8), "little")
+    assert weights_bytes(config) == file.stat().st_size - header
+
+
+def test_what_does_not_fit_says_how_much_is_missing() -> None:
+    config = pretrained_config()
+    short = plan(config, plan(config).process_bytes)
+    assert not short.fits
+    assert (short.kv_tokens, short.full_requests) == (0, 0)
+    enough = plan(config, short.memory_bytes + short.missing_bytes)
+    assert enough.full_requests == 1
+    assert not plan(config, enough.memory_bytes - 1).fits
+
+
+def test_every_remedy_makes_it_fit() -> None:
+    config = pretrained_config(
+        hidden_size=512, intermediate_size=2048, num_hidden_layers=16, num_attention_heads=8
+    )
+    whole = plan(config)
+    needed = whole.process_bytes + whole.weights_bytes + whole.activation_bytes
+    # Room for little more than half of a full request: less of anything will do.
+    short = plan(config, needed + 544 * whole.kv_bytes_per_token)
+    found = remedies(short, config, can_quantize=True)
+    assert "--max-seq-len 512" in found
+    assert "--kv-cache-dtype fp8" in found
+    assert "--quant w8a16" in found
+    assert plan(config, short.memory_bytes, max_seq_len=512).fits
+    fixed = remedies(short, config, can_quantize=False)
+    assert fixed
+    assert all(line.startswith("--max-") for line in fixed)
+    hopeless = plan(config, short.process_bytes)
+    assert remedies(hopeless, config, can_quantize=True) == []
+
+
+@pytest.fixture(scope="module", params=["none", "w8a16"])
+def large_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine whose weights, K and V outweigh the interpreter, and that computes little."""
+    path = tmp_path_factory.mktemp(f"large-{request.param}")
+    source = make_llama(
+        path / "hf",
+        hidden_size=512,
+        intermediate_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=32768,
+        max_position_embeddings=4096,
+        tokenizer=False,
+    )
+    return build(
+        convert(source, path / "checkpoint", quant=request.param),
+        path / "engine",
+        BuildConfig(max_num_tokens=512, max_batch_size=4, max_seq_len=1024),
+    )
+
+
+async def test_the_process_takes_what_was_planned(large_engine: Path) -> None:
+    """Within 10 % at its peak: every block of the cache written, all requests decoding together."""
+    config, built = read_engine(large_engine)
+    asked = EngineConfig(
+        threads=2, device="cpu", kv_cache=KvCacheConfig(max_total_bytes=256 * 2**20)
+    )
+    planned = plan_memory(config, resolve_limits(asked, built), 2 * GIB)
+    engine = ProcessEngine(large_engine, asked)
+    await engine.start()
+    try:
+        assert engine.info.weights_bytes == pytest.approx(planned.weights_bytes, rel=0.02)
+        pool = engine.info.kv_cache_bytes
+        assert pool == engine.info.kv_cache_tokens * planned.kv_bytes_per_token
+        assert built.max_seq_len is not None
+        requests = [
+            make_request(i, prompt_length=built.max_seq_len - 12, max_tokens=12)
+            for i in range(engine.info.kv_cache_tokens // built.max_seq_len)
+        ]
+        assert len(requests) == built.max_batch_size
+        await asyncio.gather(*(drain(engine.submit(request)) for request in requests))
+        measured = _peak_resident_bytes(engine.info.pid)
+    finally:
+        await engine.shutdown()
+    expected = planned.process_bytes + planned.weights_bytes + planned.activation_bytes + pool
+    assert measured == pytest.approx(expected, rel=0.1)
+
+
+def _peak_resident_bytes(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return (
+        int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+        * 1024
+    )
