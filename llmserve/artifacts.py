@@ -13,15 +13,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from llmserve.checkpoint.config_file import KIND_NAMES, ArtifactKind, artifact_kind
 from llmserve.checkpoint.engine_dir import ENGINE_VERSION
 from llmserve.checkpoint.progress import Report, no_report
-from llmserve.config import QUANT_ALGOS, BuildConfig, DType, check_choice
+from llmserve.config import BuildConfig, ConvertConfig, DType
 from llmserve.convert.hub import locate
 from llmserve.errors import CheckpointError, ConfigError, UnsupportedCheckpointError
 from llmserve.runtime.tensorrt_llm_release import TensorRTLLMRelease, required_release
@@ -34,6 +34,8 @@ def ensure_engine(
     *,
     dtype: DType = "auto",
     quant: str | None = None,
+    kv_cache_dtype: str | None = None,
+    tp_size: int | None = None,
     build_config: BuildConfig | None = None,
     backend: Backend = "auto",
     cache_dir: Path | None = None,
@@ -44,7 +46,9 @@ def ensure_engine(
     Args:
         model: An engine, a TensorRT-LLM checkpoint, a Hugging Face checkpoint, or a Hub id.
         dtype: As ``convert`` takes it; only for a Hugging Face checkpoint.
-        quant: 'none', 'w8a16' or 'fp8_rowwise', None for 'none'; only for a Hugging Face one.
+        quant: One of ``QUANT_ALGOS``, None for 'none'; only for a Hugging Face one.
+        kv_cache_dtype: One of ``KV_CACHE_QUANT_ALGOS``, None for 'auto'; likewise.
+        tp_size: Tensor-parallel ranks, None for 1; likewise.
         build_config: Limits of an engine built here; an engine that is there has its own, which
             whoever starts it may lower.
         backend: Which engine is to run it; 'auto' takes TensorRT-LLM for its own engines alone.
@@ -56,11 +60,13 @@ def ensure_engine(
         native runtime or of TensorRT-LLM. (From 1.3 on, that runs Hugging Face checkpoints.)
 
     Raises:
-        ConfigError: ``dtype`` or ``quant`` for something whose weights are fixed already.
+        ConfigError: A setting of the conversion for something whose weights are fixed already.
         CheckpointError: The model cannot be found, read or converted.
     """
-    if quant is not None:
-        check_choice("quant", quant, tuple(QUANT_ALGOS))
+    asked = {"quant": quant, "kv_cache_dtype": kv_cache_dtype, "tp_size": tp_size}
+    asked["dtype"] = None if dtype == "auto" else dtype
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    conversion = ConvertConfig(**given)
     source = locate(str(model))
     kind = artifact_kind(source)
     release = None
@@ -74,18 +80,18 @@ def ensure_engine(
         release = _release_for(source, kind)
     as_it_is = kind.endswith("engine") or (release is not None and not release.has_engines)
     if kind != "huggingface" or as_it_is:
-        _refuse_fixed(source, kind, dtype, quant)
+        _refuse_fixed(source, kind, given)
     if as_it_is:
         return source
     limits = build_config or BuildConfig()
-    settings = {"dtype": dtype, "quant": quant or "none", **dataclasses.asdict(limits)}
+    settings = dataclasses.asdict(conversion) | dataclasses.asdict(limits)
     if release is not None:
         settings["builder"] = str(release)
     cache = (cache_dir or default_cache_dir()) / "engines"
     engine = cache / f"{source.resolve().name}-{_key(source, settings)}"
     with _locked(engine):
         if not engine.exists():
-            _make(source, kind, engine, dtype, quant or "none", limits, report, release)
+            _make(source, kind, engine, conversion, limits, report, release)
     return engine
 
 
@@ -101,8 +107,7 @@ def _make(
     source: Path,
     kind: ArtifactKind,
     engine: Path,
-    dtype: DType,
-    quant: str,
+    conversion: ConvertConfig,
     limits: BuildConfig,
     report: Report,
     release: TensorRTLLMRelease | None,
@@ -124,7 +129,7 @@ def _make(
     # by a process that was killed while it built: it is whole, so that step is done.
     checkpoint = engine.with_name(f"{engine.name}.checkpoint")
     if not checkpoint.exists():
-        convert(source, checkpoint, quant=quant, dtype=dtype, report=report)
+        convert(source, checkpoint, settings=conversion, report=report)
     try:
         build(checkpoint)
     finally:
@@ -147,14 +152,12 @@ def _release_for(source: Path, kind: ArtifactKind) -> TensorRTLLMRelease:
     return release
 
 
-def _refuse_fixed(source: Path, kind: ArtifactKind, dtype: DType, quant: str | None) -> None:
-    given = [("dtype", dtype if dtype != "auto" else None), ("quant", quant)]
-    for name, value in given:
-        if value is not None:
-            raise ConfigError(
-                f"{name} is {value!r}, but {source} is {KIND_NAMES[kind]}, whose weights are "
-                "fixed; leave it out, or start from the Hugging Face checkpoint"
-            )
+def _refuse_fixed(source: Path, kind: ArtifactKind, given: Mapping[str, Any]) -> None:
+    for name, value in given.items():
+        raise ConfigError(
+            f"{name} is {value!r}, but {source} is {KIND_NAMES[kind]}, whose weights are fixed; "
+            "leave it out, or start from the Hugging Face checkpoint"
+        )
 
 
 def _key(source: Path, settings: dict[str, object]) -> str:

@@ -26,7 +26,7 @@ from llmserve import LLM, SamplingParams
 from llmserve.build.native import build
 from llmserve.checkpoint.quality_file import read_quality
 from llmserve.cli.conversion import run_conversion
-from llmserve.config import CalibrationConfig, ConvertConfig, EngineConfig, QualityConfig
+from llmserve.config import CalibrationConfig, ConvertConfig, QualityConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "checkpoints" / "demo"
@@ -129,7 +129,7 @@ def _make(folder: Path, quant: str, kv_cache_dtype: str) -> tuple[Path, tuple[fl
 def _ask(engine: Path, prompts: Sequence[str], threads: int | None) -> tuple[list[str], float]:
     """Every answer, and tokens/s of as many streams as ``STREAMS``."""
     params = SamplingParams(max_tokens=96)
-    with LLM(engine, engine_config=EngineConfig(threads=threads)) as llm:
+    with LLM(engine, threads=threads) as llm:
         texts = [
             llm.tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], add_generation_prompt=True

@@ -6,7 +6,9 @@ that names it and says what to do.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from llmserve.checkpoint.scratch import bytes_of
 from llmserve.checkpoint.tensor_spec import SAFETENSORS_DTYPES, TensorSpec
 from llmserve.errors import CheckpointError, CheckpointNotFoundError, UnsupportedCheckpointError
 
+_LIBC = ctypes.CDLL(None)
+_DROP = mmap.MADV_DONTNEED
 _GIT_LFS_POINTER = b"version https://git-lfs"
 
 
@@ -149,6 +153,18 @@ class RankReader:
             if count == 0:
                 raise CheckpointError(f"{self.path} was cut short while it was read")
             view, position = view[count:], position + count
+
+    def drop_pages(self, name: str) -> None:
+        """Let go of the memory behind a mapped tensor that was copied; it can be read again.
+
+        Until then the pages count as this process's, though the system may take them back.
+        """
+        tensor = self.tensor(name)
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        first, last = -(-begin // mmap.PAGESIZE), end // mmap.PAGESIZE
+        if last > first:
+            length = (last - first) * mmap.PAGESIZE
+            _LIBC.madvise(ctypes.c_void_p(first * mmap.PAGESIZE), ctypes.c_size_t(length), _DROP)
 
     def _open(self, name: str) -> Any:
         if self._file is None:

@@ -104,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
             "--served-model-name": name,
             "--dtype": args.dtype,
             "--quant": args.quant or "none",
+            "--kv-cache-dtype": args.kv_cache_dtype or "auto",
+            "--tp": str(args.tp or 1),
             "--max-seq-len": str(args.max_seq_len),
         },
         concurrency=args.concurrency,
@@ -113,7 +115,12 @@ def run(args: argparse.Namespace) -> int:
             # Not in the event loop: conversion takes minutes, and there Ctrl-C could not end it.
             with ProgressReport() as report:
                 engine_dir = ensure_engine(
-                    directory, dtype=args.dtype, quant=args.quant, report=report
+                    directory,
+                    dtype=args.dtype,
+                    quant=args.quant,
+                    kv_cache_dtype=args.kv_cache_dtype,
+                    tp_size=args.tp,
+                    report=report,
                 )
             if not asyncio.run(_answer_until_signal(opened, engine_dir, config)):
                 print(

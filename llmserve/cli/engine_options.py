@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from llmserve.config import (
+    KV_CACHE_QUANT_ALGOS,
     QUANT_ALGOS,
     CapacitySchedulerPolicy,
     DType,
@@ -30,6 +31,16 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--quant",
         choices=list(QUANT_ALGOS),
         help="weight format of a Hugging Face checkpoint's conversion (default: none)",
+    )
+    group.add_argument(
+        "--kv-cache-dtype",
+        choices=list(KV_CACHE_QUANT_ALGOS),
+        help="of K and V, of a Hugging Face checkpoint's conversion (default: auto)",
+    )
+    group.add_argument(
+        "--tp",
+        type=int,
+        help="tensor-parallel ranks, of a Hugging Face checkpoint's conversion (default: 1)",
     )
     group.add_argument("--threads", type=int, help="compute threads (default: the cores there are)")
     group.add_argument("--max-batch-size", type=int, help="most requests in one step")

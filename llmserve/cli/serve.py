@@ -84,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
                 args.model,
                 dtype=args.dtype,
                 quant=args.quant,
+                kv_cache_dtype=args.kv_cache_dtype,
+                tp_size=args.tp,
                 backend=args.backend,
                 report=report,
             )

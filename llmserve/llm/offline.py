@@ -39,7 +39,6 @@ _ONLY_VALUES: dict[str, object] = {
     "tokenizer_mode": "auto",
     "skip_tokenizer_init": False,
     "trust_remote_code": False,
-    "tensor_parallel_size": 1,
     "pipeline_parallel_size": 1,
     "max_beam_width": 1,
 }
@@ -61,7 +60,9 @@ class LLM:
             id. What is missing is made and kept in the cache directory.
         tokenizer: A tokenizer or a directory with one; None takes the model's.
         dtype: Of an HF checkpoint's conversion.
-        quant: Of an HF checkpoint's conversion: 'none', 'w8a16', 'fp8_rowwise'.
+        quant: Of an HF checkpoint's conversion: one of ``config.QUANT_ALGOS``, None for 'none'.
+        kv_cache_dtype: Of an HF checkpoint's conversion: 'auto', 'int8' or 'fp8'.
+        tensor_parallel_size: Of an HF checkpoint's conversion; what is converted has its own.
         revision: Of a Hub id.
         build_config: Limits of an engine that is built here.
         max_batch_size: Most requests in one step; None for the engine's.
@@ -87,6 +88,8 @@ class LLM:
         *,
         dtype: DType = "auto",
         quant: str | None = None,
+        kv_cache_dtype: str | None = None,
+        tensor_parallel_size: int = 1,
         revision: str | None = None,
         build_config: BuildConfig | None = None,
         max_batch_size: int | None = None,
@@ -115,7 +118,14 @@ class LLM:
             device=device,
         )
         # In the caller's thread, where Ctrl-C ends a long conversion.
-        engine_dir = ensure_engine(model, dtype=dtype, quant=quant, build_config=build_config)
+        engine_dir = ensure_engine(
+            model,
+            dtype=dtype,
+            quant=quant,
+            kv_cache_dtype=kv_cache_dtype,
+            tp_size=tensor_parallel_size if tensor_parallel_size != 1 else None,
+            build_config=build_config,
+        )
         self._request_ids = itertools.count()
         self._loop_thread = LoopThread("llmserve-llm")
         try:

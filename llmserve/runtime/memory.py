@@ -39,17 +39,22 @@ def activation_bytes(
     """The most that a step holds at a time beside weights and cache.
 
     A layer's widest moment for every token (the residual stream, its norm, and either qkv or gate,
-    up and their product, with the products' float32 results where weights are quantised), K and V
-    gathered for attention, and float32 logits with the sampler's copies.
+    up and their product), K and V gathered for attention, and float32 logits with the sampler's
+    copies.
     """
     itemsize, tp = torch_dtype(config.dtype).itemsize, config.tp_size
-    ffn = config.intermediate_size // tp
-    if config.moe is not None:
-        ffn = config.moe.top_k * config.expert_size // tp
+    # Products of quantised weights come in float32 first.
     product = itemsize + (4 if config.quantization.quant_algo is not None else 0)
-    qkv = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_size // tp
-    widest = max(2 * ffn * product + ffn * itemsize, qkv * product + qkv * itemsize)
-    tokens = max_num_tokens * (2 * config.hidden_size * itemsize + widest)
+    ffn, copies = config.intermediate_size // tp, 1
+    if config.moe is not None:
+        # Every expert that a token goes through has its own rows, in and out.
+        ffn, copies = config.expert_size // tp, config.moe.top_k
+    mlp = copies * ffn * (2 * product + itemsize)
+    if config.moe is not None:
+        mlp += 2 * copies * config.hidden_size * itemsize
+    heads = config.num_attention_heads // tp + 2 * kv_heads_per_rank(config)
+    attention = heads * config.head_size * (product + itemsize)
+    tokens = max_num_tokens * (2 * config.hidden_size * itemsize + max(mlp, attention))
     gathered = min(MAX_GATHERED_TOKENS, max_batch_size * max_seq_len)
     kv = gathered * 2 * kv_heads_per_rank(config) * config.head_size * itemsize
     rows = min(max_batch_size, max_num_tokens)

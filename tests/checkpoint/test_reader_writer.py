@@ -223,3 +223,23 @@ def test_bytes_are_read_into_memory_that_is_there(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="cut short while it was read"):  # noqa: PT012
             for name, tensor in tensors.items():
                 reader.read_into(name, 0, torch.empty(tensor.shape, dtype=tensor.dtype))
+
+
+def test_dropped_pages_are_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    large = torch.arange(2**22, dtype=torch.int32).view(1024, -1)  # 16 MiB
+    save_file({"large": large, "small": torch.ones(3)}, path)
+    with RankReader(path) as reader:
+        held = reader.tensor("large")
+        assert torch.equal(held, large)
+        before = _resident_file_bytes()
+        reader.drop_pages("large")
+        assert _resident_file_bytes() < before - 2**23
+        reader.drop_pages("small")
+        assert torch.equal(held, large)
+        assert torch.equal(reader.tensor("small"), torch.ones(3))
+
+
+def _resident_file_bytes() -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in status if line.startswith("RssFile")).split()[1])

@@ -105,7 +105,7 @@ def test_a_request_is_known_once(batch: InputBatch) -> None:
 def test_decodes_gathered_together_are_of_similar_length(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(input_batch, "_MAX_GATHERED_TOKENS", 4000)
+    monkeypatch.setattr(input_batch, "MAX_GATHERED_TOKENS", 4000)
     rng = random.Random(seed)
     lengths = sorted(int(2 ** rng.uniform(0, 13)) for _ in range(rng.randint(0, 60)))
     ends = list(input_batch._neighbours(lengths))

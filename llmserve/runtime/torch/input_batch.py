@@ -19,6 +19,7 @@ import torch
 
 from llmserve.core.sampling_params import SamplingParams
 from llmserve.core.step import NewRequest, ScheduledRequest, SchedulerOutput
+from llmserve.runtime.memory import MAX_GATHERED_TOKENS
 from llmserve.runtime.torch.kernels.attention import (
     AttentionPlan,
     AttentionView,
@@ -29,10 +30,9 @@ from llmserve.runtime.torch.kernels.attention import (
 Int64Array = npt.NDArray[np.int64]
 
 # Requests are gathered together while the longest has at most this many times the shortest's
-# tokens, and their padded K and V are at most so many tokens (which bounds the copy's memory).
+# tokens (and their padded K and V are at most MAX_GATHERED_TOKENS, which bounds the copy's memory).
 _MAX_LENGTH_RATIO = 2.0
 _SHORT_TOKENS = 64
-_MAX_GATHERED_TOKENS = 1 << 16
 
 
 @dataclass(slots=True, kw_only=True)
@@ -297,7 +297,7 @@ def _neighbours(lengths: Sequence[int]) -> Iterator[int]:
         if i < len(lengths):
             shortest = max(lengths[start], _SHORT_TOKENS)
             similar = lengths[i] <= shortest * _MAX_LENGTH_RATIO
-            if similar and (i + 1 - start) * lengths[i] <= _MAX_GATHERED_TOKENS:
+            if similar and (i + 1 - start) * lengths[i] <= MAX_GATHERED_TOKENS:
                 continue
         yield i
         start = i
