@@ -132,9 +132,9 @@ class EngineConfig:
         capacity_scheduler_policy: guaranteed_no_evict or max_utilization, as TensorRT-LLM has them.
         enable_chunked_prefill: Let a prompt be computed over several steps.
         max_queue_size: Most requests that may wait; one more is refused as overload.
-        threads: Threads of the compute process; None takes OMP_NUM_THREADS where that is set, and
-            the cores of the cgroup otherwise.
-        device: 'auto' takes CUDA where there is a GPU.
+        threads: Compute threads, of all ranks together and at least one of each; None takes
+            OMP_NUM_THREADS where that is set, and the cores of the cgroup otherwise.
+        device: 'auto' takes CUDA where there is a GPU; of several ranks, rank r takes cuda:r.
         stall_timeout_s: Requests run and for so long no step ends, and on a CPU nothing is computed
             either: the engine counts as hung.
     """

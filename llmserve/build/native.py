@@ -1,13 +1,13 @@
 """Builds the native engine: quantises what the checkpoint holds plain, and fixes the limits.
 
-The result has the checkpoint's tensor names. It is written a tensor at a time, from a mapped
-source; nothing here knows how a step is computed.
+The result has the checkpoint's ranks and tensor names. It is written a tensor at a time, from
+mapped sources; nothing here knows how a step is computed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -15,17 +15,18 @@ import torch
 from llmserve.checkpoint.companions import companions_bytes, copy_companions
 from llmserve.checkpoint.config import PretrainedConfig
 from llmserve.checkpoint.config_file import CONFIG_FILE, check_kind, read_json_object
-from llmserve.checkpoint.decoder_tensors import LM_HEAD, quantized_linear
-from llmserve.checkpoint.engine_dir import RANK_FILE, write_engine_config
+from llmserve.checkpoint.decoder_tensors import LM_HEAD
+from llmserve.checkpoint.engine_dir import rank_file, rank_files, write_engine_config
 from llmserve.checkpoint.progress import Report, no_report
 from llmserve.checkpoint.reader import RankReader
 from llmserve.checkpoint.rotary_scaling import rope_type
+from llmserve.checkpoint.sharding import check_tp_size
 from llmserve.checkpoint.staging import check_free, staged_directory
 from llmserve.checkpoint.writer import StreamingWriter
 from llmserve.config import BuildConfig
 from llmserve.errors import CheckpointError, ConfigError, UnsupportedCheckpointError
-from llmserve.quantization import weight_format
-from llmserve.quantization.layout import checkpoint_tensors, engine_tensors
+from llmserve.quantization.engine_view import EngineTensors
+from llmserve.quantization.layout import engine_tensors, rank_tensors, stored_tensors
 
 # A header of names and shapes, and config.json.
 _OVERHEAD_BYTES = 2**20
@@ -40,8 +41,9 @@ def build(
 ) -> Path:
     """Build a native engine directory from a TensorRT-LLM checkpoint.
 
-    W8A16 weights are quantised here, to int8 (out, in) and a float32 scale per output channel;
-    FP8 and plain ones are copied. The tokenizer's files travel along.
+    The engine has as many ranks as the checkpoint. W8A16 weights are quantised here, to int8
+    (out, in) and a float32 scale per output channel, each rank's by themselves as TensorRT-LLM
+    does; all others are copied. The tokenizer's files travel along.
 
     Args:
         checkpoint_dir: The checkpoint.
@@ -62,21 +64,27 @@ def build(
     check_kind(checkpoint_dir, "checkpoint")
     config = PretrainedConfig.from_dict(read_json_object(checkpoint_dir / CONFIG_FILE))
     limits = resolve_build_config(build_config or BuildConfig(), config)
-    with RankReader(checkpoint_dir / RANK_FILE) as reader:
-        if LM_HEAD not in reader.names():
+    check_tp_size(config, config.tp_size)
+    with ExitStack() as stack:
+        paths = rank_files(checkpoint_dir, config)
+        readers = [stack.enter_context(RankReader(path)) for path in paths]
+        if LM_HEAD not in readers[0].names():
             # TensorRT-LLM's rule: without an lm_head, the embedding is it.
             config = dataclasses.replace(config, share_embedding_table=True)
-        _check_tensors(reader, config)
-        specs = engine_tensors(config)
-        total = sum(spec.nbytes for spec in specs.values())
-        required = total + companions_bytes(checkpoint_dir) + _OVERHEAD_BYTES
-        with staged_directory(engine_dir, required_bytes=required) as staging:
-            done = 0
-            with StreamingWriter(staging / RANK_FILE, specs) as writer:
-                for name, tensor in _tensors(reader, config):
-                    writer.write(name, tensor)
-                    done += tensor.nbytes
-                    report("build", done, total)
+        specs = [rank_tensors(config, engine_tensors(config), rank) for rank in range(len(readers))]
+        for rank, reader in enumerate(readers):
+            _check_tensors(reader, config, rank)
+        total = sum(spec.nbytes for tensors in specs for spec in tensors.values())
+        overhead = companions_bytes(checkpoint_dir) + _OVERHEAD_BYTES * len(readers)
+        done = 0
+        with staged_directory(engine_dir, required_bytes=total + overhead) as staging:
+            for rank, reader in enumerate(readers):
+                with StreamingWriter(staging / rank_file(rank), specs[rank]) as writer:
+                    tensors = EngineTensors(reader, config)
+                    for name, spec in specs[rank].items():
+                        writer.write(name, tensors.tensor(name))
+                        done += spec.nbytes
+                        report("build", done, total)
             write_engine_config(staging, config, limits)
             copy_companions(checkpoint_dir, staging)
     return engine_dir
@@ -102,10 +110,10 @@ def resolve_build_config(build_config: BuildConfig, config: PretrainedConfig) ->
     return build_config
 
 
-def _check_tensors(reader: RankReader, config: PretrainedConfig) -> None:
-    """Raise CheckpointError unless the file holds exactly what its config.json says."""
-    specs = checkpoint_tensors(config)
+def _check_tensors(reader: RankReader, config: PretrainedConfig, rank: int) -> None:
+    """Raise CheckpointError unless a rank's file holds exactly what config.json says."""
     names = set(reader.names())
+    specs = rank_tensors(config, stored_tensors(config, names), rank)
     if missing := sorted(set(specs) - names):
         raise CheckpointError(f"{reader.path} lacks the tensor {missing[0]}")
     for name, spec in specs.items():
@@ -121,19 +129,3 @@ def _check_tensors(reader: RankReader, config: PretrainedConfig) -> None:
         raise CheckpointError(
             f"{reader.path} has the tensor {extra[0]}, for which config.json has no place"
         )
-
-
-def _tensors(reader: RankReader, config: PretrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
-    """The engine's tensors, one at a time."""
-    algo = config.quantization.quant_algo
-    for name in checkpoint_tensors(config):
-        linear = quantized_linear(config, name) if algo == "W8A16" else None
-        if linear is None:
-            yield name, reader.tensor(name)
-            continue
-        try:
-            stored = weight_format(algo).quantize(reader.tensor(name))
-        except CheckpointError as error:
-            raise CheckpointError(f"{name} in {reader.path}: {error}") from error
-        for suffix, tensor in stored.items():
-            yield f"{linear}.{suffix}", tensor

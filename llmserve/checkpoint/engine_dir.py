@@ -1,8 +1,9 @@
-"""An engine directory: ``config.json`` with what was built, ``rank0.safetensors``, the tokenizer.
+"""An engine directory: ``config.json`` with what was built, a file per rank, the tokenizer.
 
 config.json is ``{"version", "backend", "pretrained_config", "build_config"}``. ``build_config``
 has TensorRT-LLM's key names (``tokens_per_block`` under ``plugin_config``, as there).
-``"backend": "native"`` tells a native engine from TensorRT-LLM's own, which has no such key.
+``"backend": "native"`` tells a native engine from TensorRT-LLM's own, which has no such key. Rank r
+has its weights in ``rank{r}.safetensors``, as in a checkpoint.
 """
 
 from __future__ import annotations
@@ -14,10 +15,35 @@ from typing import Any
 from llmserve.checkpoint.config import PretrainedConfig
 from llmserve.checkpoint.config_file import CONFIG_FILE, read_json_object, write_json
 from llmserve.config import BuildConfig
-from llmserve.errors import CheckpointError, ConfigError, UnsupportedCheckpointError
+from llmserve.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    UnsupportedCheckpointError,
+)
 
 ENGINE_VERSION = "1"
-RANK_FILE = "rank0.safetensors"
+
+
+def rank_file(rank: int) -> str:
+    """The name of a rank's weights in a checkpoint or an engine."""
+    return f"rank{rank}.safetensors"
+
+
+def rank_files(directory: Path, config: PretrainedConfig) -> list[Path]:
+    """The weights of every rank of a checkpoint or an engine, in order.
+
+    Raises:
+        CheckpointNotFoundError: One is missing.
+    """
+    paths = [directory / rank_file(rank) for rank in range(config.tp_size)]
+    for rank, path in enumerate(paths):
+        if not path.is_file():
+            raise CheckpointNotFoundError(
+                f"there is no file {path}: the weights of rank {rank} of {len(paths)} "
+                "(mapping.tp_size in config.json)"
+            )
+    return paths
 
 
 def write_engine_config(
@@ -46,7 +72,7 @@ def read_engine(directory: Path) -> tuple[PretrainedConfig, BuildConfig]:
     """Read what a native engine is; ``max_seq_len`` is never None in it.
 
     Raises:
-        CheckpointNotFoundError: There is no config.json.
+        CheckpointNotFoundError: There is no config.json, or a rank's weights are missing.
         CheckpointError: It is damaged, or of another version.
         UnsupportedCheckpointError: It is TensorRT-LLM's own engine.
     """
@@ -56,8 +82,9 @@ def read_engine(directory: Path) -> tuple[PretrainedConfig, BuildConfig]:
         raise CheckpointError(f"{directory} is not an engine; run `llmserve build` first")
     if data.get("backend") != "native":
         raise UnsupportedCheckpointError(
-            f"{directory} is an engine of TensorRT-LLM itself, which is not implemented yet; "
-            "build a native one from its checkpoint with `llmserve build`"
+            f"{directory} is an engine of TensorRT-LLM itself, which the native backend cannot "
+            "run; serve it with --backend auto, or build a native one from its checkpoint with "
+            "`llmserve build`"
         )
     if data.get("version") != ENGINE_VERSION:
         raise CheckpointError(
@@ -66,9 +93,11 @@ def read_engine(directory: Path) -> tuple[PretrainedConfig, BuildConfig]:
         )
     try:
         build = _build_config(data["build_config"])
-        return PretrainedConfig.from_dict(data["pretrained_config"]), build
+        config = PretrainedConfig.from_dict(data["pretrained_config"])
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); build the engine again") from error
+    rank_files(directory, config)
+    return config, build
 
 
 def _build_config(data: Mapping[str, Any]) -> BuildConfig:

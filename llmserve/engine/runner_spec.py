@@ -16,7 +16,7 @@ from llmserve.runtime.model_runner import ModelRunner
 
 
 class TorchRunnerSpec(msgspec.Struct, frozen=True, tag="torch"):
-    """The PyTorch runtime on an engine directory.
+    """The PyTorch runtime on an engine directory, with a process for each rank but the first.
 
     Attributes:
         engine_dir: What ``llmserve build`` wrote.
@@ -28,8 +28,9 @@ class TorchRunnerSpec(msgspec.Struct, frozen=True, tag="torch"):
         """Load the model's weights under the limits that ``config`` and the build leave.
 
         Raises:
-            ConfigError: ``config`` asks for more than the engine was built for.
+            ConfigError: ``config`` asks for more than the engine was built for, or than there is.
             CheckpointError: The directory is no engine, or damaged.
+            EngineError: A rank ended while it was loading.
         """
         directory = Path(self.engine_dir)
         _, build = read_engine(directory)

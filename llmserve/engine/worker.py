@@ -8,9 +8,7 @@ signals every process must not cut off the requests which the parent lets end.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 import time
 import traceback
@@ -34,10 +32,10 @@ from llmserve.engine.messages import (
 )
 from llmserve.engine.native import EngineCore
 from llmserve.errors import LlmserveError
+from llmserve.runtime.child_process import live_with_parent
 
 _STATS_INTERVAL_S = 0.1
 _IDLE_MS = 1000
-_PR_SET_PDEATHSIG = 1
 
 
 class ParentSocket:
@@ -143,9 +141,7 @@ def main(parent_pid: int, requests: str, outputs: str) -> int:
     Returns:
         The exit status: 0 if the parent asked for the end, 1 after a failure.
     """
-    for ignored in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ignored, signal.SIG_IGN)
-    _die_with_parent()
+    live_with_parent(parent_pid)
     parent = ParentSocket(parent_pid, requests, outputs)
     try:
         while (start := parent.receive(wait=True)) is None:
@@ -165,12 +161,6 @@ def main(parent_pid: int, requests: str, outputs: str) -> int:
     finally:
         parent.close()
     return 0
-
-
-def _die_with_parent() -> None:
-    # Linux kills this process when the thread that started it ends; elsewhere polling has to do.
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

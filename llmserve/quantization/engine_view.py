@@ -12,7 +12,7 @@ from llmserve.checkpoint.tensor_source import TensorSource
 from llmserve.checkpoint.tensor_spec import TensorSpec
 from llmserve.errors import CheckpointError
 from llmserve.quantization import weight_format
-from llmserve.quantization.layout import checkpoint_tensors, engine_tensors, follows
+from llmserve.quantization.layout import engine_tensors, follows, stored_tensors
 
 
 class EngineTensors:
@@ -26,7 +26,7 @@ class EngineTensors:
     def __init__(self, source: TensorSource, config: PretrainedConfig) -> None:
         self._source = source
         self._format = weight_format(config.quantization.quant_algo)
-        specs = checkpoint_tensors(config)
+        specs = stored_tensors(config, source.names())
         # By name in the engine, the weight that the checkpoint holds plain: W8A16's form A.
         self._weights: dict[str, str] = {}
         for name, spec in engine_tensors(config).items():

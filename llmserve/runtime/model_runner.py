@@ -12,6 +12,8 @@ from llmserve.core.step import KVGroupSpec, ModelRunnerOutput, SchedulerOutput
 class ModelInfo:
     """What a runner says of its model, before any KV cache is there.
 
+    Of several ranks bytes are those of all of them on a CPU, and those of each GPU on CUDA.
+
     Attributes:
         vocab_size: Tokens the logits have, padding left out: valid ids are [0, vocab_size).
         max_seq_len: The engine's limit in tokens.

@@ -1,6 +1,7 @@
 """What a build writes, against the checkpoint it was made from."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from llmserve.convert.converter import convert
 from llmserve.errors import CheckpointError, ConfigError, UnsupportedCheckpointError
 from llmserve.quantization import w8a16
 from tests.models import make_llama
+from tests.sharded import shard_checkpoint
 
 _LINEARS = ("qkv.weight", "dense.weight", "fc.weight", "gate.weight", "proj.weight")
 _QKV = "transformer.layers.0.attention.qkv.weight"
@@ -31,8 +33,8 @@ def w8a16_checkpoint(source: Path, tmp_path: Path) -> Path:
     return convert(source, tmp_path / "checkpoint", quant="w8a16")
 
 
-def _rank(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(path / "rank0.safetensors")
+def _rank(path: Path, rank: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(path / f"rank{rank}.safetensors")
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -98,6 +100,37 @@ def _edit_config(path: Path, **changes: Any) -> None:
     (path / "config.json").write_text(json.dumps(config))
 
 
+def test_every_rank_is_built_by_itself(w8a16_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = shard_checkpoint(w8a16_checkpoint, tmp_path / "ranks", 2)
+    engine = build(checkpoint, tmp_path / "engine")
+    assert read_engine(engine)[0].tp_size == 2
+    for rank in range(2):
+        before, after = _rank(checkpoint, rank), _rank(engine, rank)
+        for name, plain in before.items():
+            expected = {"weight": plain}
+            if name.endswith(_LINEARS):
+                # The columns of a rank have scales of their own, as at TensorRT-LLM's load.
+                expected = w8a16.quantize(plain)
+            for suffix, tensor in expected.items():
+                stored = name if name.endswith(".bias") else name.replace("weight", suffix)
+                assert _equal(after.pop(stored), tensor), stored
+        assert not after
+    names = sorted(path.name for path in engine.glob("rank*"))
+    assert names == ["rank0.safetensors", "rank1.safetensors"]
+
+
+def test_a_rank_that_does_not_fit_is_named(w8a16_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = shard_checkpoint(w8a16_checkpoint, tmp_path / "ranks", 2)
+    _edit_config(checkpoint, mapping={"world_size": 4, "tp_size": 4})
+    _refused(checkpoint, CheckpointError, r"rank2\.safetensors: the weights of rank 2 of 4")
+    _edit_config(checkpoint, mapping={"world_size": 3, "tp_size": 3})
+    _refused(checkpoint, CheckpointError, "tp_size is 3; it must divide num_attention_heads, 4")
+    _edit_config(checkpoint, mapping={"world_size": 2, "tp_size": 2})
+    shutil.copy(w8a16_checkpoint / "rank0.safetensors", checkpoint / "rank1.safetensors")
+    sizes = r"is bfloat16 \[320, 64\]; by config\.json it is bfloat16 \[160, 64\]"
+    _refused(checkpoint, CheckpointError, rf"vocab_embedding\.weight in .*rank1\.\S+ {sizes}")
+
+
 def test_excluded_modules_stay_plain(w8a16_checkpoint: Path, tmp_path: Path) -> None:
     _edit_config(w8a16_checkpoint, quantization={"exclude_modules": ["*.0.attention.qkv"]})
     after = _rank(build(w8a16_checkpoint, tmp_path / "engine"))
@@ -156,7 +189,7 @@ def test_damaged_checkpoints_are_named(w8a16_checkpoint: Path, source: Path) -> 
     nan = whole[_QKV].clone()
     nan[3, 3] = float("nan")
     save_file({**without, _QKV: nan}, path)
-    _refused(w8a16_checkpoint, CheckpointError, f"{_QKV} .*row 3 .*NaN")
+    _refused(w8a16_checkpoint, CheckpointError, f"{_QKV}: .*row 3 .*NaN")
     path.write_bytes(path.read_bytes()[:-1])
     _refused(w8a16_checkpoint, CheckpointError, "cut short")
     path.unlink()

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
+from llmserve.checkpoint.config import ParallelMapping
 from llmserve.checkpoint.config_file import artifact_kind
-from llmserve.checkpoint.engine_dir import read_engine, write_engine_config
+from llmserve.checkpoint.engine_dir import rank_file, rank_files, read_engine, write_engine_config
 from llmserve.config import BuildConfig
 from llmserve.errors import CheckpointError, CheckpointNotFoundError, UnsupportedCheckpointError
 from tests.checkpoint.factories import pretrained_config
@@ -15,11 +16,27 @@ _LIMITS = BuildConfig(max_batch_size=3, max_num_tokens=40, max_seq_len=50, token
 
 def test_an_engine_config_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_engine_config(tmp_path, pretrained_config(), _LIMITS)
+    (tmp_path / rank_file(0)).touch()
     assert read_engine(tmp_path) == (pretrained_config(), _LIMITS)
     build_config = json.loads((tmp_path / "config.json").read_text())["build_config"]
     # TensorRT-LLM's places for these.
     assert build_config["max_batch_size"] == 3
     assert build_config["plugin_config"]["tokens_per_block"] == 8
+
+
+def test_every_rank_has_a_file(tmp_path: Path) -> None:
+    config = pretrained_config(mapping=ParallelMapping.tensor_parallel(2))
+    write_engine_config(tmp_path, config, _LIMITS)
+    for rank in range(2):
+        with pytest.raises(
+            CheckpointNotFoundError, match=rf"rank{rank}\.safetensors: .* of rank {rank} of 2"
+        ):
+            read_engine(tmp_path)
+        (tmp_path / rank_file(rank)).touch()
+    assert read_engine(tmp_path) == (config, _LIMITS)
+    assert rank_files(tmp_path, config) == [
+        tmp_path / name for name in ("rank0.safetensors", "rank1.safetensors")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from llmserve.build.native import build
 from llmserve.checkpoint.config import ParallelMapping, PretrainedConfig
 from llmserve.checkpoint.quant_config import QuantConfig
-from llmserve.config import BuildConfig
+from llmserve.config import BuildConfig, CalibrationConfig
+from llmserve.convert.converter import convert
 from llmserve.core.sampling_params import SamplingParams
 from llmserve.core.step import SchedulerOutput
 from llmserve.errors import CheckpointError, ConfigError, EngineError
@@ -28,7 +29,7 @@ from llmserve.quantization import weight_format
 from llmserve.quantization.unsharded import UnshardedTensors
 from llmserve.runtime.torch import load_runner
 from llmserve.runtime.torch.tensor_parallel import TensorParallelRunner, rank_devices
-from tests.models import load_model
+from tests.models import load_model, make_model
 from tests.processes import has_ended
 from tests.runtime.rank_threads import RankThreads
 from tests.runtime.torch_engines import (
@@ -148,6 +149,29 @@ def test_quantised_ranks(
         # does at load: scales of fewer columns, and so slightly other weights than on one rank.
         whole = open_runner(tmp_path / "engine")
         assert answers == Driver(whole).generate(PROMPTS, GREEDY)
+
+
+@pytest.mark.parametrize(("quant", "kv_cache_dtype"), [("fp8", "int8"), ("int8_sq", "fp8")])
+def test_calibrated_ranks(tmp_path: Path, quant: str, kv_cache_dtype: str) -> None:
+    make_model(tmp_path / "hf", "llama", attention_bias=True)
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n\n" * 8)
+    convert(
+        tmp_path / "hf",
+        tmp_path / "checkpoint",
+        quant=quant,
+        kv_cache_dtype=kv_cache_dtype,
+        calibration=CalibrationConfig(path=text, samples=2, seq_len=64),
+    )
+    limits = BuildConfig(max_seq_len=MAX_SEQ_LEN)
+    alone = open_runner(build(tmp_path / "checkpoint", tmp_path / "engine", limits))
+    ranks = RankThreads(make_ranks(tmp_path, 4))
+    expected = prompt_logits(alone, PROMPTS[0])
+    # Their scales are those of the whole model. A value that the rounding of a sum brings over the
+    # border of two integers is another integer, so a few are allowed to be.
+    error = (_all_logits(ranks, PROMPTS[0]) - expected).norm() / expected.norm()
+    assert error < 0.01
+    assert Driver(ranks).generate(PROMPTS, GREEDY) == Driver(alone).generate(PROMPTS, GREEDY)
 
 
 # --- ranks as processes ---------------------------------------------------------------------------

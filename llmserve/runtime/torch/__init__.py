@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmserve.checkpoint.engine_dir import read_engine
+
 if TYPE_CHECKING:
     from llmserve.runtime.torch.runner import TorchRunner
+    from llmserve.runtime.torch.tensor_parallel import TensorParallelRunner
 
 
 def load_runner(
@@ -18,8 +21,11 @@ def load_runner(
     tokens_per_block: int,
     device: str = "auto",
     threads: int | None = None,
-) -> TorchRunner:
+) -> TorchRunner | TensorParallelRunner:
     """Load a native engine's weights; the KV cache comes later (``allocate_kv_cache``).
+
+    An engine of several ranks is loaded by as many processes, this one among them: on its main
+    thread, and one such engine at a time.
 
     Args:
         engine_dir: What ``llmserve build`` wrote.
@@ -27,13 +33,30 @@ def load_runner(
         max_num_tokens: Most tokens computed in one step.
         max_seq_len: Longest prompt plus answer, in tokens.
         tokens_per_block: Tokens of one KV block.
-        device: 'cpu', 'cuda' or 'cuda:N'; 'auto' takes CUDA where there is a GPU.
-        threads: CPU threads of this process's products; None leaves torch's own choice.
+        device: 'cpu', 'cuda' or 'cuda:N'; 'auto' takes CUDA where there is a GPU. Of several ranks,
+            rank r takes cuda:r.
+        threads: CPU threads of products, which ranks share; None leaves one rank torch's own
+            choice, and several all cores.
 
     Raises:
         CheckpointError: The directory is no native engine, or tensors are missing or left over.
-        ConfigError: There is no such device.
+        ConfigError: There is no such device, or fewer GPUs than ranks.
+        EngineError: A rank's process ended while it was loading.
     """
+    config, _ = read_engine(engine_dir)
+    if config.tp_size > 1:
+        from llmserve.runtime.torch.tensor_parallel import TensorParallelRunner
+
+        return TensorParallelRunner(
+            engine_dir,
+            config.tp_size,
+            max_batch_size=max_batch_size,
+            max_num_tokens=max_num_tokens,
+            max_seq_len=max_seq_len,
+            tokens_per_block=tokens_per_block,
+            device=device,
+            threads=threads,
+        )
     from llmserve.runtime.torch.runner import TorchRunner
 
     return TorchRunner(

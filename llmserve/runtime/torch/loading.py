@@ -37,6 +37,7 @@ from llmserve.runtime.torch.decoder import (
 )
 from llmserve.runtime.torch.group import RankGroup, RowParallelLinear
 from llmserve.runtime.torch.kernels.attention import AttentionScores
+from llmserve.runtime.torch.kernels.int8_linear import int8_products_pay
 from llmserve.runtime.torch.kernels.kv_storage import make_kv_storage
 from llmserve.runtime.torch.kernels.linear import Linear, PlainLinear, make_linear, stack_linears
 from llmserve.runtime.torch.kernels.rotary import (
@@ -81,7 +82,13 @@ def load_decoder(
             loader = DecoderLoader(reader, config, device=device, rank=rank, group=group)
         except CheckpointError as error:
             raise CheckpointError(f"{reader.path}: {error}; build the engine again") from error
-        return loader.decoder(max_seq_len)
+        decoder = loader.decoder(max_seq_len)
+        # What was copied, to a GPU or to be packed, is not held a second time in the file's pages.
+        packed = int8_products_pay() if device.type == "cpu" else True
+        for name in reader.names() if packed else ():
+            if device.type != "cpu" or reader.spec(name).dtype == torch.int8:
+                reader.drop_pages(name)
+        return decoder
 
 
 class DecoderLoader:

@@ -1,4 +1,4 @@
-"""The ModelRunner in PyTorch: one process, one device.
+"""The ModelRunner in PyTorch: one process, one device. Of a tensor-parallel engine it is one rank.
 
 It owns the weights, the KV cache and the slots of known requests. Which blocks a request has and
 how many tokens a step computes is decided elsewhere.
@@ -13,6 +13,7 @@ import torch
 
 from llmserve.checkpoint.decoder_tensors import torch_dtype
 from llmserve.checkpoint.engine_dir import read_engine
+from llmserve.checkpoint.sharding import kv_heads_per_rank
 from llmserve.core.sampling_params import SamplingParams
 from llmserve.core.step import (
     KVGroupSpec,
@@ -23,7 +24,9 @@ from llmserve.core.step import (
 )
 from llmserve.errors import ConfigError
 from llmserve.runtime.host import default_host_kv_bytes
+from llmserve.runtime.memory import activation_bytes, kv_bytes_per_token
 from llmserve.runtime.model_runner import ModelInfo
+from llmserve.runtime.torch.group import RankGroup
 from llmserve.runtime.torch.input_batch import InputBatch, StepInputs
 from llmserve.runtime.torch.loading import load_decoder
 from llmserve.runtime.torch.sampler import sample
@@ -43,7 +46,11 @@ class StepHandle:
 
 
 class TorchRunner:
-    """Executes steps of a native engine on a CPU or a CUDA GPU. See ``load_runner``."""
+    """Executes steps of a native engine on a CPU or a CUDA GPU. See ``load_runner``.
+
+    ``rank`` and ``group`` make it one rank of a tensor-parallel engine, with its own share of the
+    weights and of the KV cache; ``info`` counts that share's bytes.
+    """
 
     info: ModelInfo
 
@@ -57,6 +64,8 @@ class TorchRunner:
         tokens_per_block: int,
         device: str = "auto",
         threads: int | None = None,
+        rank: int = 0,
+        group: RankGroup | None = None,
     ) -> None:
         config, _ = read_engine(engine_dir)
         if threads is not None:
@@ -66,20 +75,27 @@ class TorchRunner:
         self._config = config
         self._max_num_tokens = max_num_tokens
         self._tokens_per_block = tokens_per_block
+        self._rank, self._group = rank, group
         self._decoder = load_decoder(
-            engine_dir, config, max_seq_len=max_seq_len, device=self._device
+            engine_dir,
+            config,
+            max_seq_len=max_seq_len,
+            device=self._device,
+            rank=rank,
+            group=group,
         )
         self._inputs = InputBatch(
             max_batch_size=max_batch_size,
             max_seq_len=max_seq_len,
             tokens_per_block=tokens_per_block,
+            windows={layer.attention.scores.window for layer in self._decoder.layers},
             dtype=self._dtype,
             device=self._device,
         )
         # K and V of one token in one layer, in elements.
-        self._kv_width = 2 * config.num_key_value_heads * config.head_size
+        self._kv_width = 2 * kv_heads_per_rank(config) * config.head_size
+        self._kv_dtypes = [layer.attention.kv_storage.dtype for layer in self._decoder.layers]
         self._kv_cache: list[torch.Tensor] = []
-        token_bytes = self._kv_width * self._dtype.itemsize * config.num_hidden_layers
         self.info = ModelInfo(
             vocab_size=config.vocab_size,
             max_seq_len=max_seq_len,
@@ -87,7 +103,7 @@ class TorchRunner:
                 KVGroupSpec(
                     layers=tuple(range(config.num_hidden_layers)),
                     window=None,
-                    bytes_per_block=token_bytes * tokens_per_block,
+                    bytes_per_block=kv_bytes_per_token(config) * tokens_per_block,
                 ),
             ),
             weights_bytes=self._decoder.weights_bytes,
@@ -104,13 +120,12 @@ class TorchRunner:
         return max(0, free - self._workspace_bytes())
 
     def _workspace_bytes(self) -> int:
-        # The largest live activations of a step: the residual stream and its norm, gate and up and
-        # their product; and float32 logits of every slot with the sampler's copies of them.
-        config, slots = self._config, self._inputs.token_ids.shape[0]
-        per_token = 4 * config.hidden_size + 4 * config.intermediate_size
-        step = self._max_num_tokens * per_token * self._dtype.itemsize
-        rows = min(slots, self._max_num_tokens)
-        return step + rows * config.vocab_size * 4 * 4
+        return activation_bytes(
+            self._config,
+            max_num_tokens=self._max_num_tokens,
+            max_batch_size=self._inputs.token_ids.shape[0],
+            max_seq_len=self.info.max_seq_len,
+        )
 
     def allocate_kv_cache(self, num_blocks: tuple[int, ...]) -> None:
         """Reserve the KV cache. On a CPU its pages take memory when they are first written.
@@ -125,10 +140,10 @@ class TorchRunner:
             torch.empty(
                 blocks * self._tokens_per_block,
                 self._kv_width,
-                dtype=self._dtype,
+                dtype=dtype,
                 device=self._device,
             )
-            for _ in range(self._config.num_hidden_layers)
+            for dtype in self._kv_dtypes
         ]
 
     def warm_up(self) -> None:
@@ -174,7 +189,7 @@ class TorchRunner:
 
     @torch.inference_mode()
     def finish(self, handle: StepHandle, masks: object = None) -> ModelRunnerOutput:
-        """Sample the step's next tokens and wait for them.
+        """Sample the step's next tokens and wait for them; rank 0 does it for all.
 
         Raises:
             ValueError: ``masks`` are given; they are not implemented.
@@ -185,7 +200,13 @@ class TorchRunner:
         if handle.inputs is None or handle.logits is None:
             return output
         rows = handle.inputs.sampled
+        if self._group is not None and self._rank > 0:
+            drawn = torch.empty(len(rows), dtype=torch.int64, device=self._device)
+            self._inputs.append_sampled(rows, self._group.broadcast_(drawn))
+            return output
         sampled = sample(handle.logits, rows, self._inputs.token_ids)
+        if self._group is not None:
+            self._group.broadcast_(sampled.token_ids)
         self._inputs.append_sampled(rows, sampled.token_ids)
         token_ids, valid = torch.stack((sampled.token_ids, sampled.valid.long())).tolist()
         for i, row in enumerate(rows):
