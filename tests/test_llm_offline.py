@@ -296,11 +296,18 @@ def test_settings_reach_the_artefact_and_the_engine(opened, tmp_path):
         enable_chunked_prefill=False,
         threads=2,
         device="cpu",
-        tensor_parallel_size=1,
+        kv_cache_dtype="fp8",
+        tensor_parallel_size=2,
         trust_remote_code=False,
     ):
         pass
-    kwargs = {"dtype": "float32", "quant": "w8a16", "build_config": None}
+    kwargs = {
+        "dtype": "float32",
+        "quant": "w8a16",
+        "kv_cache_dtype": "fp8",
+        "tp_size": 2,
+        "build_config": None,
+    }
     assert opened.ensured == ("owner/name@v1", kwargs)
     assert opened.tokenizer == "elsewhere"
     assert opened.engine_config == EngineConfig(
@@ -321,7 +328,6 @@ def test_settings_reach_the_artefact_and_the_engine(opened, tmp_path):
     ("argument", "says"),
     [
         ({"max_batchsize": 4}, "LLM has no argument 'max_batchsize'"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size is 2; only 1"),
         ({"skip_tokenizer_init": True}, "skip_tokenizer_init is True; only False"),
         ({"max_batch_size": 0}, "max_batch_size is 0"),
     ],

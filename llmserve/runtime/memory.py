@@ -6,16 +6,23 @@ is what happens. All are of one rank; ranks are alike.
 
 from __future__ import annotations
 
+import torch
+
 from llmserve.checkpoint.config import PretrainedConfig
 from llmserve.checkpoint.decoder_tensors import torch_dtype
 from llmserve.checkpoint.sharding import kv_heads_per_rank, padded_vocab_size
 from llmserve.quantization.layout import engine_tensors, rank_tensors
 
-# An interpreter with torch's CPU build, a loaded engine's books included: resident bytes, measured.
-# A GPU's context takes about as much of the GPU.
-PROCESS_BYTES = 250 * 2**20
-# K and V of requests that decode together are gathered, padded, up to so many tokens at a time.
+# Resident bytes of an interpreter with torch, a loaded engine's books included: measured, with
+# torch's CPU build and with its CUDA build.
+PROCESS_BYTES = (250 if torch.version.cuda is None else 470) * 2**20
+# K and V of requests that decode together are gathered, padded, up to so many tokens at a time, or
+# those of one request.
 MAX_GATHERED_TOKENS = 1 << 16
+# Queries of a prefill that share one mask, and scores that are held at a time where a softcap wants
+# them explicit: both bound the memory, not the result.
+QUERY_ROWS = 256
+MAX_SCORES = 1 << 22
 
 
 def weights_bytes(config: PretrainedConfig) -> int:
@@ -38,24 +45,48 @@ def activation_bytes(
 ) -> int:
     """The most that a step holds at a time beside weights and cache.
 
-    A layer's widest moment for every token (the residual stream, its norm, and either qkv or gate,
-    up and their product), K and V gathered for attention, and float32 logits with the sampler's
-    copies.
+    A layer's widest moment for every token, what attention gathers for one batch of requests, and
+    float32 logits with the sampler's copies.
     """
     itemsize, tp = torch_dtype(config.dtype).itemsize, config.tp_size
-    # Products of quantised weights come in float32 first.
-    product = itemsize + (4 if config.quantization.quant_algo is not None else 0)
-    ffn, copies = config.intermediate_size // tp, 1
-    if config.moe is not None:
-        # Every expert that a token goes through has its own rows, in and out.
-        ffn, copies = config.expert_size // tp, config.moe.top_k
-    mlp = copies * ffn * (2 * product + itemsize)
-    if config.moe is not None:
-        mlp += 2 * copies * config.hidden_size * itemsize
-    heads = config.num_attention_heads // tp + 2 * kv_heads_per_rank(config)
-    attention = heads * config.head_size * (product + itemsize)
-    tokens = max_num_tokens * (2 * config.hidden_size * itemsize + max(mlp, attention))
-    gathered = min(MAX_GATHERED_TOKENS, max_batch_size * max_seq_len)
-    kv = gathered * 2 * kv_heads_per_rank(config) * config.head_size * itemsize
     rows = min(max_batch_size, max_num_tokens)
-    return tokens + kv + rows * padded_vocab_size(config) * 4 * 4
+    # The residual stream before and after attention, what attention added and what is normalised.
+    stream = 4 * config.hidden_size * itemsize
+    tokens = max_num_tokens * (stream + max(_attention_bytes(config), _mlp_bytes(config)))
+    gathered = max(max_seq_len, min(MAX_GATHERED_TOKENS, max_batch_size * max_seq_len))
+    kv_width = 2 * kv_heads_per_rank(config) * config.head_size
+    # Of 8 bits: as they are, as float16 and in the model's dtype.
+    kv_itemsize = itemsize + (3 if config.quantization.kv_cache_quant_algo is not None else 0)
+    attention = gathered * kv_width * kv_itemsize + QUERY_ROWS * max_seq_len * itemsize
+    if config.attn_logit_softcapping is not None:
+        heads = config.num_attention_heads // tp
+        # In float32 before and after the softmax, and in the model's dtype.
+        attention += max(MAX_SCORES, heads * gathered) * (8 + itemsize)
+    return tokens + attention + rows * padded_vocab_size(config) * 4 * 4
+
+
+def _attention_bytes(config: PretrainedConfig) -> int:
+    """Of a token: q, k and v, their rotation, and the heads' results, in parts and joined."""
+    itemsize, query_heads = torch_dtype(config.dtype).itemsize, config.num_attention_heads
+    heads = query_heads // config.tp_size + 2 * kv_heads_per_rank(config)
+    joined = 2 * query_heads // config.tp_size * itemsize
+    return config.head_size * (heads * (_product_itemsize(config) + itemsize) + joined)
+
+
+def _mlp_bytes(config: PretrainedConfig) -> int:
+    """Of a token: gate and up, apart and joined, and their product; of experts, the sum as well."""
+    itemsize = torch_dtype(config.dtype).itemsize
+    if config.moe is None:
+        ffn, mixture = config.intermediate_size, 0
+    else:
+        # At worst every token goes through the same expert; the others take their turn.
+        ffn = config.expert_size
+        mixture = config.hidden_size * (8 + 2 * itemsize) + config.moe.num_experts * 8
+    return ffn // config.tp_size * 2 * (_product_itemsize(config) + itemsize) + mixture
+
+
+def _product_itemsize(config: PretrainedConfig) -> int:
+    # Products of quantised weights come in float32 first.
+    return torch_dtype(config.dtype).itemsize + (
+        4 if config.quantization.quant_algo is not None else 0
+    )

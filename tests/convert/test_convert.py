@@ -1,6 +1,7 @@
 """What conversion writes, against the source byte for byte."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -361,8 +362,18 @@ def _anonymous_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if "RssAnon" in line)
 
 
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("quant", ["none", "fp8_rowwise"])
-def test_memory_holds_one_tensor_and_not_the_model(tmp_path: Path, quant: str) -> None:
+def test_memory_holds_one_tensor_and_not_the_model(
+    tmp_path: Path, quant: str, two_threads: None
+) -> None:
     source = make_llama(
         tmp_path / "hf",
         dtype=torch.float32,
@@ -382,4 +393,5 @@ def test_memory_holds_one_tensor_and_not_the_model(tmp_path: Path, quant: str) -
     convert(source, tmp_path / "out", quant=quant, dtype="bfloat16", report=watch)
 
     assert size > 90 * 2**20
-    assert peak - before < 20 * 2**20  # the largest tensor is 4 MiB in float32
+    # The largest tensor is 4 MiB in float32; three threads hold some chunks of 2 MiB each.
+    assert peak - before < 32 * 2**20
