@@ -45,7 +45,7 @@ def check_at_least(name: str, value: int | float | None, least: int | float) -> 
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{name} is {value!r}; it must be a number")
-    if value < least:
+    if not value >= least:  # so is NaN
         raise ConfigError(f"{name} is {value}; it must be at least {least}")
 
 
@@ -257,6 +257,11 @@ class ConvertConfig:
                 f"tp_size is {self.tp_size}; a Hugging Face checkpoint has no ranks: whoever loads "
                 "it splits it"
             )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the ranges of activations are needed, and so a text to find them on."""
+        return self.quant in ("fp8", "int8_sq") or self.kv_cache_dtype != "auto"
 
     @property
     def quant_algo(self) -> str | None:

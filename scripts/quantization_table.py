@@ -111,12 +111,11 @@ def _make(folder: Path, quant: str, kv_cache_dtype: str) -> tuple[Path, tuple[fl
     """Convert, judge and build; the engine, and mean KL and top-1 agreement."""
     name = f"{quant}-{kv_cache_dtype}"
     settings = ConvertConfig(quant=quant, kv_cache_dtype=kv_cache_dtype)
-    calibrated = quant in ("fp8", "int8_sq") or kv_cache_dtype != "auto"
     checkpoint = run_conversion(
         str(DEMO),
         folder / name,
         settings,
-        calibration=CalibrationConfig(path=DEMO / "calib.jsonl") if calibrated else None,
+        calibration=CalibrationConfig(path=DEMO / "calib.jsonl") if settings.calibrated else None,
         quality=QualityConfig(measure=True, text=DEMO / "heldout.jsonl", samples=256),
     )
     quality = read_quality(checkpoint)

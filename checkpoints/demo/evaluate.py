@@ -25,7 +25,8 @@ import demo_data
 import httpx
 
 CHECKPOINT = Path(__file__).resolve().parent
-QUANT_MODES = ("none", "w8a16", "fp8_rowwise")
+CALIBRATED_MODES = ("fp8", "int8_sq")
+QUANT_MODES = ("none", "w8a16", "fp8_rowwise", *CALIBRATED_MODES)
 MAX_ANSWER_TOKENS = 96
 
 
@@ -130,11 +131,19 @@ def directory_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def build_engine(checkpoint: Path, quant: str, work: Path) -> Path:
-    """Converts and builds ``checkpoint`` under ``work``; returns the engine directory."""
+def build_engine(checkpoint: Path, quant: str, work: Path, calib: Path) -> Path:
+    """Converts and builds ``checkpoint`` under ``work``; returns the engine directory.
+
+    Args:
+        checkpoint: Hugging Face checkpoint.
+        quant: One of ``QUANT_MODES``.
+        work: Where the results go.
+        calib: The text for formats that are calibrated.
+    """
     converted, engine = work / f"{quant}-checkpoint", work / f"{quant}-engine"
+    calibration = ["--calib", str(calib)] if quant in CALIBRATED_MODES else []
     for arguments in (
-        ["convert", str(checkpoint), str(converted), "--quant", quant],
+        ["convert", str(checkpoint), str(converted), "--quant", quant, *calibration],
         ["build", str(converted), str(engine)],
     ):
         # Progress belongs on stderr: stdout ends with the JSON line.
@@ -246,7 +255,7 @@ def measure_modes(
     with tempfile.TemporaryDirectory(prefix="demo-evaluate-") as folder:
         work = Path(folder)
         for mode in modes:
-            engine = build_engine(args.checkpoint, mode, work)
+            engine = build_engine(args.checkpoint, mode, work, args.calib)
             with served(engine, work / f"{mode}.log") as url:
                 measurements.append(
                     measure(
@@ -266,6 +275,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--url", help="base URL of a running server, without /v1")
     parser.add_argument("--quant", nargs="+", default=list(QUANT_MODES), choices=QUANT_MODES)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument(
+        "--calib",
+        type=Path,
+        default=CHECKPOINT / "calib.jsonl",
+        help="the text that fp8 and int8_sq are calibrated on",
+    )
     parser.add_argument("--inputs", type=int, default=2_400, help="held-out inputs to ask")
     parser.add_argument("--concurrency", type=int, default=32)
     parser.add_argument("--minimum", type=float, default=0.0, help="required percent exact match")

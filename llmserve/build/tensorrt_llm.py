@@ -27,9 +27,11 @@ from llmserve.checkpoint.config_file import (
     check_kind,
     read_json_object,
 )
+from llmserve.checkpoint.engine_dir import rank_file
+from llmserve.checkpoint.reader import RankReader
 from llmserve.checkpoint.staging import check_free, staged_directory
 from llmserve.config import BuildConfig
-from llmserve.errors import CheckpointError, ConfigError
+from llmserve.errors import CheckpointError, ConfigError, UnsupportedCheckpointError
 from llmserve.runtime.tensorrt_llm_release import (
     INSTALL_ENGINE_BUILDER_COMMAND,
     installed_release,
@@ -78,6 +80,7 @@ def build(
     Raises:
         ConfigError: TensorRT-LLM is not installed or builds no engines any more, or an extra
             argument is not to be given here.
+        UnsupportedCheckpointError: W8A16 weights are in INT8 already.
         CheckpointError: The checkpoint cannot be read, trtllm-build failed (with its last lines),
             or the engine cannot be written. Nothing is left at ``engine_dir``.
     """
@@ -86,6 +89,7 @@ def build(
     check_kind(checkpoint_dir, "checkpoint")
     program = find_program()
     config = read_json_object(checkpoint_dir / CONFIG_FILE)
+    _refuse_quantized_weights(checkpoint_dir, config)
     flags = _flags(config, build_config or BuildConfig(), extra_arguments)
     weights_bytes = sum(path.stat().st_size for path in checkpoint_dir.glob("rank*.safetensors"))
     required = weights_bytes + companions_bytes(checkpoint_dir)
@@ -127,6 +131,20 @@ def find_program() -> str:
             "nothing more"
         )
     return program
+
+
+def _refuse_quantized_weights(checkpoint_dir: Path, config: dict[str, Any]) -> None:
+    """Raise UnsupportedCheckpointError for W8A16 weights that trtllm-build would quantise again."""
+    if (config.get("quantization") or {}).get("quant_algo") != "W8A16":
+        return
+    with RankReader(checkpoint_dir / rank_file(0)) as reader:
+        scales = [name for name in reader.names() if name.endswith(".per_channel_scale")]
+    if scales:
+        raise UnsupportedCheckpointError(
+            f"{checkpoint_dir} has W8A16 weights in INT8 already ({scales[0]} is theirs), which "
+            f"{PROGRAM} takes for plain ones; convert the original checkpoint, or build with "
+            "--backend native"
+        )
 
 
 def _flags(config: dict[str, Any], limits: BuildConfig, extra: Sequence[str]) -> list[str]:

@@ -23,6 +23,8 @@ DEFAULT_EXCLUDE_MODULES = (
 # FP8 rowwise turns whole attention, MLP and norm modules into FP8 ones; the last norm must not be.
 FP8_ROWWISE_EXCLUDE_MODULES = ("*ln_f", "*ln_embed", "*lm_head")
 
+# The newest TensorRT-LLM writes it as null; older ones raise on it, so it is never written here.
+_OF_OTHER_MODELS = frozenset({"mamba_ssm_cache_dtype"})
 _UNIMPLEMENTED_QUANTIZATION: dict[str, Any] = {
     "use_meta_recipe": False,
     "has_zero_point": False,
@@ -84,7 +86,12 @@ class QuantConfig:
             UnsupportedCheckpointError: A quantisation that is not implemented.
         """
         known = {f.name for f in fields(cls)}
-        if unknown := sorted(set(data) - known):
+        for name in _OF_OTHER_MODELS & data.keys():
+            if (value := data[name]) is not None:
+                raise UnsupportedCheckpointError(
+                    f"quantization.{name} {value!r} is not implemented"
+                )
+        if unknown := sorted(set(data) - known - _OF_OTHER_MODELS):
             raise CheckpointError(
                 f"quantization has the unknown key {unknown[0]!r}; known are {', '.join(known)}"
             )

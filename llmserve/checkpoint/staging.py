@@ -114,11 +114,6 @@ def _place(target: Path) -> Path:
     return Path(os.path.realpath(target))
 
 
-def remove_stale(target: Path) -> None:
-    """Remove what processes that died left of their tries to make ``target``."""
-    _take_stale(target, None)
-
-
 def _take_stale(target: Path, resumable: Resumable | None) -> tuple[Path, int] | None:
     """Remove what processes that died left, but for one directory that can be gone on with.
 

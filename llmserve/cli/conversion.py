@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmserve.cli.progress import ProgressReport
 from llmserve.config import CalibrationConfig, ConvertConfig, QualityConfig
+
+if TYPE_CHECKING:
+    from llmserve.checkpoint.quality_file import Quality
 
 
 def run_conversion(
@@ -41,24 +45,26 @@ def run_conversion(
     check_free(output.expanduser())
     path = locate(source)
     check_kind(path, "huggingface")
-    from llmserve.checkpoint.quality_file import read_quality
     from llmserve.cli.quality import chat_renderer, format_quality
     from llmserve.convert.converter import convert
     from llmserve.convert.target_config import half_precision
 
     if halve_float32 and settings.dtype == "auto":
         settings = dataclasses.replace(settings, dtype=half_precision(path))
-    with ProgressReport() as report:
-        out = convert(
-            path,
-            output,
-            settings=settings,
-            calibration=calibration,
-            quality=quality,
-            render_chat=chat_renderer(path),
-            report=report,
-        )
-    told = read_quality(out)
-    if told is not None and told.measurement is not None:
-        print(format_quality(told.measurement, told))
-    return out
+    measured: list[Quality] = []
+    try:
+        with ProgressReport() as report:
+            return convert(
+                path,
+                output,
+                settings=settings,
+                calibration=calibration,
+                quality=quality,
+                render_chat=chat_renderer(path),
+                report=report,
+                measured=measured.append,
+            )
+    finally:  # whatever the limits say of it
+        for told in measured:
+            assert told.measurement is not None
+            print(format_quality(told.measurement, told))

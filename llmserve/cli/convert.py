@@ -59,12 +59,11 @@ def run(args: argparse.Namespace) -> int:
         checkpoint_format=args.format,
         **({} if args.smoothquant is None else {"smoothquant_val": args.smoothquant}),
     )
-    calibrated = args.quant in ("fp8", "int8_sq") or args.kv_cache_dtype != "auto"
     out = run_conversion(
         args.source,
         args.output,
         settings,
-        calibration=calibration_config(args, calibrated=calibrated),
+        calibration=calibration_config(args, calibrated=settings.calibrated),
         quality=quality_config(args),
     )
     then = f"build {out} ENGINE" if args.format == "tensorrt-llm" else f"serve {out}"

@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan. Exit code 1 if the model does not fit."""
     from llmserve.checkpoint.config_file import KIND_NAMES, artifact_kind
     from llmserve.convert.hub import locate
+    from llmserve.convert.import_hf import quantization_of
     from llmserve.engine.planning import plan_memory, remedies
     from llmserve.inspection import describe
 
@@ -65,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
         "dtype": "dtype",
         "tp": "tp_size",
     }
-    given = {field: getattr(args, name) for name, field in names.items() if getattr(args, name)}
+    typed = {field: getattr(args, name) for name, field in names.items()}
+    given = {field: value for field, value in typed.items() if value is not None}
     if given and kind != "huggingface":
         flag = next(name for name, field in names.items() if field in given)
         raise ConfigError(
@@ -76,7 +78,13 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_memory(description.config, _limits(args, description), args.memory)
     advice: list[str] = []
     if not plan.fits:
-        advice = remedies(plan, description.config, can_quantize=kind == "huggingface")
+        converts = kind == "huggingface"
+        advice = remedies(
+            plan,
+            description.config,
+            can_quantize=converts and quantization_of(path) is None,
+            can_split=converts,
+        )
     if args.json:
         print(json.dumps(_object(plan) | {"remedies": advice}, indent=2))
     else:
@@ -85,26 +93,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _limits(args: argparse.Namespace, description: Description) -> EngineLimits:
+    from llmserve.build.native import resolve_build_config
     from llmserve.config import EngineConfig
     from llmserve.engine.sizing import resolve_limits
 
-    asked = EngineConfig(
-        max_batch_size=args.max_batch_size,
-        max_num_tokens=args.max_num_tokens,
-        max_seq_len=args.max_seq_len,
-    )
-    if description.build is not None:
-        return resolve_limits(asked, description.build)
-    # Not built yet: the build would grant what is asked for.
-    default, positions = BuildConfig(), description.config.max_position_embeddings
-    return resolve_limits(
-        asked,
-        BuildConfig(
-            max_batch_size=args.max_batch_size or default.max_batch_size,
-            max_num_tokens=args.max_num_tokens or default.max_num_tokens,
-            max_seq_len=positions,
-        ),
-    )
+    names = ("max_batch_size", "max_num_tokens", "max_seq_len")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    build = description.build
+    if build is None:  # a build would grant what is asked for
+        build = resolve_build_config(BuildConfig(**given), description.config)
+    return resolve_limits(EngineConfig(**given), build)
 
 
 def _print(plan: MemoryPlan, description: Description, advice: list[str]) -> None:

@@ -96,7 +96,7 @@ def calibration_of(args: argparse.Namespace, settings: ConvertConfig) -> Calibra
         seq_len=args.calib_seq_len,
         seed=getattr(args, "seed", default.seed),
     )
-    if settings.quant not in ("fp8", "int8_sq") and settings.kv_cache_dtype == "auto":
+    if not settings.calibrated:
         if asked != default:
             flags = ("path", "--calib_dataset"), ("samples", "--calib_size"), ("seed", "--seed")
             changed = (f for name, f in flags if getattr(asked, name) != getattr(default, name))

@@ -7,13 +7,14 @@ tokens that are routed to it, and all experts of a linear have one range, as the
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from llmserve.checkpoint.config import PretrainedConfig
 from llmserve.checkpoint.decoder_tensors import layer_linears, layer_prefix, torch_dtype
@@ -63,13 +64,18 @@ class ActivationRanges:
         """Write them as safetensors: ``{linear}.input_amax``, and the other three by name.
 
         The file appears whole: a conversion that is stopped goes on with what is there.
+
+        Raises:
+            OSError: The file system refuses.
         """
         tensors = {f"{linear}{_SUFFIX}": amax for linear, amax in self.inputs.items()}
         tensors |= {name: getattr(self, name) for name in _OF_LAYERS}
         draft = path.with_name(f".{path.name}.tmp")
         # fc and gate have one range between them, and safetensors refuses shared memory.
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, draft)
-        with draft.open("rb") as file:
+        content = save({name: tensor.clone() for name, tensor in tensors.items()})
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
 
@@ -78,7 +84,8 @@ class ActivationRanges:
         """Read what ``save`` wrote.
 
         Raises:
-            CheckpointError: The file cannot be read, or is of another model than ``config``'s.
+            CheckpointError: The file cannot be read, is of another model than ``config``'s, or
+                holds what is no magnitude.
         """
         specs = _specs(config)
         with RankReader(path) as reader:
@@ -90,6 +97,11 @@ class ActivationRanges:
                         f"must be {specs.get(name, 'missing')}"
                     )
             tensors = {name: reader.tensor(name).clone() for name in specs}
+        for name, amax in tensors.items():
+            if wrong := [value for value in amax.flatten().tolist() if not 0 <= value < math.inf]:
+                raise CheckpointError(
+                    f"{path} holds {wrong[0]} in {name}; magnitudes must be finite and at least 0"
+                )
         of_layers = {name: tensors.pop(name) for name in _OF_LAYERS}
         inputs = {name.removesuffix(_SUFFIX): amax for name, amax in tensors.items()}
         return cls(inputs=inputs, **of_layers)

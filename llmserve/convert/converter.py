@@ -7,7 +7,7 @@ files are the modules that it calls.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,13 @@ from llmserve.checkpoint.config_file import CONFIG_FILE, check_kind, write_json
 from llmserve.checkpoint.engine_dir import rank_file
 from llmserve.checkpoint.huggingface import HuggingFaceCheckpoint
 from llmserve.checkpoint.progress import Report, no_report
-from llmserve.checkpoint.quality_file import write_measurement
+from llmserve.checkpoint.quality_file import (
+    Measurement,
+    Quality,
+    read_quality,
+    write_measurement,
+)
+from llmserve.checkpoint.scratch import bytes_of
 from llmserve.checkpoint.staging import Resumable, check_free, staged_directory
 from llmserve.checkpoint.tensor_source import TensorSource
 from llmserve.checkpoint.writer import StreamingWriter
@@ -39,6 +45,12 @@ from llmserve.convert.plain_tensors import PlainTensors
 from llmserve.convert.plan import Target, make_plan
 from llmserve.convert.quality import check_limits, held_out_samples, measure
 from llmserve.convert.quantizer import Quantizer, needs_calibration
+from llmserve.convert.record import (
+    ConversionRecord,
+    FileDigests,
+    file_digests,
+    source_digests,
+)
 from llmserve.convert.samples import RenderChat, Samples, load_samples
 from llmserve.convert.stream import execute, written_bytes
 from llmserve.convert.target_config import target_config
@@ -61,6 +73,7 @@ def convert(
     quality: QualityConfig | None = None,
     render_chat: RenderChat | None = None,
     report: Report = no_report,
+    measured: Callable[[Quality], None] | None = None,
     **changes: Any,
 ) -> Path:
     """Convert a Hugging Face checkpoint.
@@ -79,6 +92,7 @@ def convert(
         quality: Whether to run the result against the source, and the limits it must keep.
         render_chat: Writes the messages of a text as the model's chat template does.
         report: Told of the progress.
+        measured: Told what was measured, before it is held against the limits.
         changes: Fields of ``ConvertConfig``, e.g. ``quant='fp8'``; only without ``settings``.
 
     Returns:
@@ -100,6 +114,7 @@ def convert(
     with HuggingFaceCheckpoint(path) as checkpoint:
         conversion = _Conversion(checkpoint, settings, report)
         ranges_from = conversion.calibration(calibration or CalibrationConfig(), render_chat)
+        held_out = conversion.held_out(quality or QualityConfig(), render_chat)
         required = conversion.required_bytes + companions_bytes(path) + _OVERHEAD_BYTES
         with staged_directory(
             out_dir, required_bytes=required, resumable=conversion.resumable(ranges_from)
@@ -109,8 +124,11 @@ def convert(
             if not (staging / GENERATION_CONFIG).exists():
                 write_json(staging / GENERATION_CONFIG, _generation_config(checkpoint.config))
             write_tokenizer_json(path, staging)
-            if quality is not None and quality.wanted:
-                conversion.judge(staging, quality, render_chat)
+            if quality is not None and held_out is not None:
+                measurement = conversion.judge(staging, held_out)
+                if measured is not None and (told := read_quality(staging)) is not None:
+                    measured(told)
+                check_limits(measurement, quality.max_kl, quality.min_top1)
     if not (out_dir / "tokenizer.json").exists():
         logger.warning("%s has no tokenizer.json: what is made of it takes token ids only", path)
     return out_dir
@@ -150,7 +168,10 @@ class _Conversion:
     @property
     def required_bytes(self) -> int:
         """Of the disk, about."""
-        return written_bytes(self._config)
+        config = self._config
+        if self._format == "hf" or self._imported is not None:  # W8A16 is stored in 8 bits there
+            return sum(spec.nbytes for spec in engine_tensors(config).values())
+        return written_bytes(config)
 
     def calibration(
         self, settings: CalibrationConfig, render_chat: RenderChat | None
@@ -164,8 +185,14 @@ class _Conversion:
                 )
             return None
         if settings.path is not None and settings.path.suffix == ".safetensors":
-            ranges = ActivationRanges.load(settings.path, self._config)
-            return _Calibration(None, ranges, blake3(settings.path.read_bytes()).hexdigest())
+            if settings != CalibrationConfig(path=settings.path):
+                raise ConfigError(
+                    f"samples, a length or a seed of calibration are given with {settings.path}, "
+                    "which is of an earlier calibration; leave them out"
+                )
+            path = settings.path.expanduser()
+            ranges = ActivationRanges.load(path, self._config)
+            return _Calibration(None, ranges, blake3(path.read_bytes()).hexdigest())
         samples = load_samples(
             settings.path,
             self._checkpoint.path,
@@ -216,20 +243,25 @@ class _Conversion:
         write_json(staging / QUALITY_FILE, record.to_dict())
         write_json(staging / CONFIG_FILE, self._config.to_dict())
 
-    def judge(self, staging: Path, quality: QualityConfig, render_chat: RenderChat | None) -> None:
-        """Run the result against the source, write what was measured, and hold it to the limits."""
+    def held_out(self, settings: QualityConfig, render_chat: RenderChat | None) -> Samples | None:
+        """What the result is judged on; None where it is not."""
+        if not settings.wanted:
+            return None
         if self._imported is not None:
             raise ConfigError(
                 "quality is asked for, but the source is quantised already; compare the result "
                 "with the model before quantisation: llmserve quality REFERENCE CANDIDATE"
             )
+        return held_out_samples(settings, self._checkpoint.path, self._config, render_chat)
+
+    def judge(self, staging: Path, samples: Samples) -> Measurement:
+        """Run the result against the source, and write what was measured."""
         # The model before quantisation, in the dtype that was asked for.
         plain = Artifact(self._plain, plain_config(self._config))
-        samples = held_out_samples(quality, self._checkpoint.path, plain.config, render_chat)
         with open_artifact(staging) as candidate:
             measurement = measure(plain, candidate, samples, report=self._report)
         write_measurement(staging, measurement)
-        check_limits(measurement, quality.max_kl, quality.min_top1)
+        return measurement
 
     def _identity(self, calibration: _Calibration | None) -> dict[str, Any]:
         digest = calibration.digest if calibration is not None else None
@@ -238,7 +270,10 @@ class _Conversion:
     def _ranges(self, staging: Path, calibration: _Calibration | None) -> ActivationRanges | None:
         if calibration is None:
             return None
-        file, ranges = staging / RANGES_FILE, calibration.ranges
+        # Readers of the Hugging Face format take every .safetensors beside its weights for weights.
+        folder = staging / "calibration" if self._format == "hf" else staging
+        folder.mkdir(exist_ok=True)
+        file, ranges = folder / RANGES_FILE, calibration.ranges
         if ranges is None and file.exists():  # of this very conversion, which was stopped later
             return ActivationRanges.load(file, self._config)
         if ranges is None:
@@ -248,18 +283,26 @@ class _Conversion:
         return ranges
 
     def _write_imported(self, staging: Path) -> None:
-        """Put the source's own quantised tensors together, a tensor at a time."""
+        """Put the source's own quantised tensors together, a tensor at a time, and record it."""
         config, tensors = self._config, engine_tensors(self._config)
         total = sum(spec.nbytes for spec in tensors.values()) * config.tp_size
         done = 0
+        result: dict[str, FileDigests] = {}
         for rank in range(config.tp_size):
+            digests: dict[str, str] = {}
             shards = rank_shards(config, tensors, rank)
             specs = rank_tensors(config, tensors, rank)
             with StreamingWriter(staging / rank_file(rank), specs) as writer:
                 for name, shard in shards.items():
-                    writer.write(name, shard.take(self._plain.tensor(name)).contiguous())
+                    part = shard.take(self._plain.tensor(name)).contiguous()
+                    writer.write(name, part)
+                    digests[name] = blake3(bytes_of(part)).hexdigest()
                     done += tensors[name].nbytes
                     self._report("convert", done, total)
+            names = writer.names_in_order()
+            result[writer.path.name] = file_digests(writer.header, names, digests)
+        record = ConversionRecord(source=source_digests(self._checkpoint), result=result)
+        write_json(staging / QUALITY_FILE, record.to_dict())
         write_json(staging / CONFIG_FILE, config.to_dict())
 
 

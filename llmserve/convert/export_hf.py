@@ -34,7 +34,13 @@ from llmserve.convert.hf_layout import (
 )
 from llmserve.convert.plain_tensors import PlainTensors
 from llmserve.convert.plan import Source, Target
-from llmserve.convert.record import ConversionRecord, FileDigests, file_digests
+from llmserve.convert.record import (
+    ConversionRecord,
+    FileDigests,
+    file_digests,
+    relative_error,
+    source_digests,
+)
 from llmserve.errors import ConfigError
 from llmserve.quantization import weight_format
 from llmserve.quantization.amax import row_amax_of_bits
@@ -137,19 +143,9 @@ def export_hf(
     write_json(out_dir / QUANT_CONFIG_FILE, described)
     write_json(out_dir / CONFIG_FILE, _hf_config(checkpoint.config, config, described))
     record = ConversionRecord(
-        source=_source_digests(checkpoint), result=result, quantization_error=export.errors
+        source=source_digests(checkpoint), result=result, quantization_error=export.errors
     )
     write_json(out_dir / QUALITY_FILE, record.to_dict())
-
-
-def _source_digests(checkpoint: HuggingFaceCheckpoint) -> dict[str, FileDigests]:
-    checkpoint.open_for_reading()
-    found = {}
-    for reader in checkpoint.readers():
-        names = reader.names_in_order()
-        digests = {name: blake3(bytes_of(reader.tensor(name))).hexdigest() for name in names}
-        found[reader.path.name] = file_digests(reader.header, names, digests)
-    return found
 
 
 class _Export:
@@ -223,7 +219,7 @@ class _Export:
                 after = self._format.dequantize(stored | {"weight": kept})
                 squared_error += float((rows - after).norm().double().square())
                 squared_norm += float(rows.float().norm().double().square())
-            self._keep_error(part.name, squared_error, squared_norm)
+            self.errors[part.name] = relative_error(squared_error, squared_norm)
             yield part, stored
 
     def _by_rows(self, name: str, rowwise: RowwiseFormat) -> dict[str, torch.Tensor]:
@@ -245,11 +241,8 @@ class _Export:
                 squared_norm += done.squared_norm
         finally:
             torch.set_num_threads(num_threads)
-        self._keep_error(name, squared_error, squared_norm)
+        self.errors[name] = relative_error(squared_error, squared_norm)
         return {"weight": values, "per_channel_scale": torch.cat(scales)}
-
-    def _keep_error(self, name: str, squared_error: float, squared_norm: float) -> None:
-        self.errors[name] = math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
 
     def _kv_scales(self) -> Iterator[tuple[str, torch.Tensor]]:
         if self._config.quantization.kv_cache_quant_algo is None:

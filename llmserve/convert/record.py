@@ -8,14 +8,14 @@ that it costs nothing and still changes with every byte.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
-from llmserve.checkpoint.reader import RankReader
+from llmserve.checkpoint.huggingface import HuggingFaceCheckpoint
 from llmserve.checkpoint.scratch import bytes_of
 
 ALGORITHM = "blake3"
@@ -77,6 +77,11 @@ class ConversionRecord:
         }
 
 
+def relative_error(squared_error: float, squared_norm: float) -> float:
+    """The error relative to the norm; that of zeros, which every format keeps, is 0."""
+    return math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
+
+
 def file_digests(header: bytes, order: list[str], tensors: Mapping[str, str]) -> FileDigests:
     """A file's digests from its header, its tensors' names in its order, and their digests."""
     whole = blake3(header)
@@ -85,15 +90,18 @@ def file_digests(header: bytes, order: list[str], tensors: Mapping[str, str]) ->
     return FileDigests(digest=whole.hexdigest(), tensors={name: tensors[name] for name in order})
 
 
-def damaged_tensors(path: Path, digests: FileDigests) -> list[str]:
-    """The tensors of a safetensors file that are not as they were recorded, by name.
+def source_digests(checkpoint: HuggingFaceCheckpoint) -> dict[str, FileDigests]:
+    """Digests of a checkpoint's files by name; reads all of them.
 
     Raises:
-        CheckpointError: The file cannot be read.
+        CheckpointError: A file cannot be read.
     """
-    with RankReader(path) as reader:
-        differing = set(digests.tensors) ^ set(reader.names())
-        for name in set(digests.tensors) - differing:
-            if blake3(bytes_of(reader.tensor(name))).hexdigest() != digests.tensors[name]:
-                differing.add(name)
-    return sorted(differing)
+    checkpoint.open_for_reading()
+    found = {}
+    for reader in checkpoint.readers():
+        digests = {}
+        for name in reader.names_in_order():
+            digests[name] = blake3(bytes_of(reader.tensor(name))).hexdigest()
+            reader.drop_pages(name)
+        found[reader.path.name] = file_digests(reader.header, list(digests), digests)
+    return found

@@ -213,7 +213,10 @@ def _jsonl(file: Path, lines: Iterator[str], render_chat: RenderChat | None) -> 
         if not line.strip():
             continue
         try:
-            yield _document(json.loads(line), render_chat)
+            document = _document(json.loads(line), render_chat)
+            if isinstance(document, str):
+                document.encode()  # JSON can escape half a character, which is no text
+            yield document
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{file} line {number}: {error}") from None
 

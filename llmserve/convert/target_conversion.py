@@ -20,7 +20,7 @@ from llmserve.checkpoint.writer import StreamingWriter
 from llmserve.convert.plain_tensors import not_finite
 from llmserve.convert.plan import Target
 from llmserve.convert.rank_slices import RankSlices
-from llmserve.convert.record import FinishedTarget
+from llmserve.convert.record import FinishedTarget, relative_error
 from llmserve.errors import CheckpointError
 from llmserve.quantization import weight_format
 from llmserve.quantization.amax import row_amax_of_bits
@@ -149,7 +149,7 @@ class TargetConversion:
             name = f"{stored}.{suffix}"
             for rank, digest in enumerate(self._write_whole(name, torch.cat(parts))):
                 result[rank][name] = digest
-        error = None if linear is None else _relative(squared_error, squared_norm)
+        error = None if linear is None else relative_error(squared_error, squared_norm)
         return FinishedTarget(
             target=target.name, source=source, result=result, quantization_error=error
         )
@@ -182,7 +182,7 @@ class TargetConversion:
             target=target.name,
             source=source,
             result=result,
-            quantization_error=_relative(squared_error, squared_norm),
+            quantization_error=relative_error(squared_error, squared_norm),
         )
 
     def _write_whole(self, name: str, tensor: torch.Tensor) -> list[str]:
@@ -266,8 +266,3 @@ class TargetConversion:
     @staticmethod
     def _rows_of(num_bytes: int, row_bytes: int) -> int:
         return max(1, num_bytes // max(row_bytes, 1))
-
-
-def _relative(squared_error: float, squared_norm: float) -> float:
-    """The relative error; that of zeros, which every format keeps, is 0."""
-    return math.sqrt(squared_error / squared_norm) if squared_norm else 0.0

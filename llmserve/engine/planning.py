@@ -104,16 +104,19 @@ def plan_memory(config: PretrainedConfig, limits: EngineLimits, memory_bytes: in
     )
 
 
-def remedies(plan: MemoryPlan, config: PretrainedConfig, *, can_quantize: bool) -> list[str]:
+def remedies(
+    plan: MemoryPlan, config: PretrainedConfig, *, can_quantize: bool, can_split: bool
+) -> list[str]:
     """What would make a model fit that does not, each alone, the mildest first; often nothing does.
 
     Args:
         plan: One that does not fit.
         config: What it was made for.
-        can_quantize: Whether the weights' format can still be chosen.
+        can_quantize: Whether the formats of weights, and of K and V, can still be chosen.
+        can_split: Whether the number of ranks can.
     """
     found = []
-    for advice, other, limits in _changes(plan, config, can_quantize):
+    for advice, other, limits in _changes(plan, config, can_quantize, can_split):
         try:
             check_tp_size(other, other.tp_size)
         except CheckpointError:
@@ -124,7 +127,7 @@ def remedies(plan: MemoryPlan, config: PretrainedConfig, *, can_quantize: bool) 
 
 
 def _changes(
-    plan: MemoryPlan, config: PretrainedConfig, can_quantize: bool
+    plan: MemoryPlan, config: PretrainedConfig, can_quantize: bool, can_split: bool
 ) -> Iterator[tuple[str, PretrainedConfig, EngineLimits]]:
     limits = plan.limits
     for tokens in _halves(limits.max_num_tokens, 256):
@@ -149,7 +152,7 @@ def _changes(
             ("fp8_rowwise", _FP8_ROWWISE),
         ):
             yield f"--quant {name}", dataclasses.replace(config, quantization=algo), limits
-    if can_quantize:
+    if can_split:
         for tp_size in (2, 4, 8):
             if tp_size > config.tp_size:
                 mapping = ParallelMapping.tensor_parallel(tp_size)

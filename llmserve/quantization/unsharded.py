@@ -15,7 +15,7 @@ from llmserve.checkpoint.sharding import Range, Shard
 from llmserve.checkpoint.tensor_source import TensorSource
 from llmserve.checkpoint.tensor_spec import TensorSpec
 from llmserve.errors import CheckpointError
-from llmserve.quantization.layout import checkpoint_tensors, rank_shards
+from llmserve.quantization.layout import rank_shards, stored_tensors
 
 # Values are moved and compared as bits: a NaN is equal to itself, and 0 is not -0.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -45,7 +45,7 @@ class UnshardedTensors:
                 f"mapping.tp_size is {config.tp_size}, but there are {len(sources)} ranks"
             )
         self._sources = list(sources)
-        self._specs = checkpoint_tensors(config)
+        self._specs = stored_tensors(config, sources[0].names())
         self._shards = [rank_shards(config, self._specs, r) for r in range(config.tp_size)]
 
     def names(self) -> list[str]:

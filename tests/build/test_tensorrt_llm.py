@@ -17,6 +17,7 @@ import torch
 from llmserve import artifacts, cli
 from llmserve.build.tensorrt_llm import build
 from llmserve.config import BuildConfig
+from llmserve.convert.converter import convert
 from llmserve.errors import CheckpointError, ConfigError, UnsupportedCheckpointError
 from tests.models import make_llama
 from tests.processes import has_ended
@@ -85,6 +86,17 @@ def test_the_models_own_length_is_the_default(
     unlimited = make_checkpoint(tmp_path / "unlimited", max_position_embeddings=None)
     with pytest.raises(ConfigError, match="--max-seq-len"):
         build(unlimited, tmp_path / "other")
+
+
+def test_weights_that_it_would_quantise_again(program: Path, tmp_path: Path) -> None:
+    source = make_llama(tmp_path / "hf", dtype=torch.bfloat16)
+    plain = convert(source, tmp_path / "plain", quant="w8a16")
+    build(plain, tmp_path / "engine", LIMITS)
+    exported = convert(source, tmp_path / "w8a16", quant="w8a16", checkpoint_format="hf")
+    stored = convert(exported, tmp_path / "stored")
+    with pytest.raises(UnsupportedCheckpointError, match=r"INT8 already.*--backend native"):
+        build(stored, tmp_path / "other", LIMITS)
+    assert not (tmp_path / "other").exists()
 
 
 def test_extra_arguments(checkpoint: Path, program: Path, tmp_path: Path) -> None:

@@ -113,6 +113,11 @@ def test_what_tensorrt_llms_own_llama_writes_is_read() -> None:
         ({"quantization": {"kv_cache_quant_algo": "NVFP4"}}, UnsupportedCheckpointError, "NVFP4"),
         ({"quantization": {"use_meta_recipe": True}}, UnsupportedCheckpointError, "meta"),
         ({"quantization": {"quant_algorithm": "W8A16"}}, CheckpointError, "quant_algorithm"),
+        (
+            {"quantization": {"mamba_ssm_cache_dtype": "float16"}},
+            UnsupportedCheckpointError,
+            "mamba_ssm_cache_dtype 'float16'",
+        ),
         ({"quantization": {"exclude_modules": [1]}}, CheckpointError, "exclude_modules"),
         ({"quantization": "W8A16"}, CheckpointError, "quantization is 'W8A16'"),
     ],
@@ -241,6 +246,11 @@ def test_rotary_scalings_that_are_implemented(scaling: dict[str, Any]) -> None:
 def test_rotary_scalings_that_are_refused(scaling: dict[str, Any], words: str) -> None:
     with pytest.raises(CheckpointError, match=words):
         PretrainedConfig.from_dict(pretrained_config(rotary_scaling=scaling).to_dict())
+
+
+def test_the_newest_tensorrt_llms_key_is_read_and_not_written() -> None:
+    config = QuantConfig.from_dict({"quant_algo": "FP8", "mamba_ssm_cache_dtype": None})
+    assert config == QuantConfig(quant_algo="FP8")
 
 
 def test_w8a16_matches_linear_and_weight_names() -> None:

@@ -60,7 +60,11 @@ def test_inspect_follows_a_model_through_all_artefacts(
     [
         (["inspect", "nowhere"], "no directory nowhere"),
         (["inspect", "{source}", "--tensors", "nothing*"], "'nothing*' matches none"),
-        (["plan", "{source}", "--memory", "1GiB", "--max-seq-len", "4096"], "max_seq_len is 4096"),
+        (
+            ["plan", "{source}", "--memory", "1GiB", "--max-seq-len", "4096"],
+            "max_seq_len is 4096; it must be at most the model's max_position_embeddings, 512",
+        ),
+        (["plan", "{source}", "--memory", "1GiB", "--tp", "0"], "tp_size is 0; it must be at"),
         (["plan", "{checkpoint}", "--memory", "1GiB", "--quant", "w8a16"], "--quant is given, but"),
         (["plan", "{checkpoint}", "--memory", "1GiB", "--tp", "2"], "--tp is given, but"),
         (["plan", "{source}", "--memory", "1GiB", "--tp", "3"], "tp_size is 3; it must divide"),

@@ -76,6 +76,30 @@ def test_a_missed_limit_is_exit_code_1_and_says_which(
     assert quality.measurement.num_tokens == 2 * 19
 
 
+def test_a_conversion_shows_what_it_measured_before_a_limit_stops_it(
+    models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "own.jsonl"
+    text.write_text(json.dumps({"token_ids": list(range(40))}) + "\n")
+    command = ["convert", str(models[0]), str(tmp_path / "out"), "--quant", "fp8_rowwise"]
+    command += ["--quality-text", str(text), "--max-kl"]
+    assert cli.main([*command, "1e-9"]) == 1
+    missed = capsys.readouterr()
+    assert "39 tokens in 1 samples of own.jsonl" in missed.out
+    assert "largest errors of" in missed.out
+    assert "above the limit of 1e-09" in missed.err
+    assert list(tmp_path.iterdir()) == [text]
+    # What can't be judged is told before anything is converted.
+    assert cli.main([*command, "1", "--quality-text", "none.txt"]) == 1
+    missing = capsys.readouterr().err
+    assert "there is no text none.txt" in missing
+    assert "convert: " not in missing
+    assert cli.main([*command, "1"]) == 0
+    kept, _, last = capsys.readouterr().out.rpartition("wrote the checkpoint")
+    assert kept == missed.out
+    assert last
+
+
 def test_a_text_of_ones_own_and_chats(
     models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +125,8 @@ def test_a_text_of_ones_own_and_chats(
         (["{source}", "{candidate}", "--seq-len", "1"], "quality_seq_len is 1"),
         (["{source}", "{candidate}", "--min-top1", "95"], "min_top1 is 95"),
         (["{source}", "{candidate}", "--max-kl", "-1"], "max_kl is -1"),
+        (["{source}", "{candidate}", "--max-kl", "nan"], "max_kl is nan; it must be at least 0"),
+        (["{source}", "{candidate}", "--min-top1", "nan"], "min_top1 is nan"),
     ],
 )
 def test_mistakes(

@@ -178,6 +178,16 @@ def test_nan_in_a_model_is_refused(tmp_path: Path) -> None:
         _calibrate(path, _samples())
 
 
+def test_ranges_on_a_full_disk_are_an_error_of_the_system(tmp_path: Path) -> None:
+    """Which staging turns into a sentence; the safetensors library has an error of its own."""
+    (tmp_path / ".ranges.safetensors.tmp").symlink_to("/dev/full")
+    one = torch.ones(1)
+    ranges = ActivationRanges({}, one, one, torch.ones(1, 3))
+    with pytest.raises(OSError, match="No space left"):
+        ranges.save(tmp_path / "ranges.safetensors")
+    assert not (tmp_path / "ranges.safetensors").exists()
+
+
 def test_saved_ranges_are_read_again(tmp_path: Path) -> None:
     path = make_llama(tmp_path / "hf", tokenizer=False)
     ranges = _calibrate(path, _samples())

@@ -130,9 +130,33 @@ def test_a_tensor_of_the_wrong_shape(single: Path) -> None:
     _refused(single, CheckpointError, r"q_proj.weight .* shape \[48, 64\].*\[64, 64\]")
 
 
-def test_a_tensor_that_is_quantised_already(single: Path) -> None:
-    _with(single, **{_QKV: torch.ones(32, 64, dtype=torch.int8)})
-    _refused(single, UnsupportedCheckpointError, f"{_QKV} .*int8.*floating point")
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_a_tensor_that_is_quantised_already(single: Path, dtype: str) -> None:
+    _with(single, **{_QKV: torch.ones(32, 64).to(getattr(torch, dtype))})
+    _refused(single, UnsupportedCheckpointError, f"{_QKV} .*{dtype}.*floating point")
+
+
+def test_shards_in_odd_order_and_a_tensor_of_another_dtype(single: Path, tmp_path: Path) -> None:
+    """What is where, and in which float, does not matter: values and names do."""
+    plain = load_file(single / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    plain[name] = plain[name].double()
+    other = tmp_path / "odd"
+    other.mkdir()
+    (other / "config.json").write_bytes((single / "config.json").read_bytes())
+    # q, k and v in files of their own, against the order of layers and of the alphabet.
+    where = {name: f"model-{(i * 7) % 5}.safetensors" for i, name in enumerate(reversed(plain))}
+    for file in sorted(set(where.values()), reverse=True):
+        chosen = {name: plain[name] for name in where if where[name] == file}
+        save_file(chosen, other / file)
+    index = {"weight_map": where}
+    (other / "model.safetensors.index.json").write_text(json.dumps(index))
+    for quant in ("none", "fp8_rowwise"):
+        files = [
+            convert(source, tmp_path / f"{source.name}-{quant}", quant=quant) / "rank0.safetensors"
+            for source in (single, other)
+        ]
+        assert files[0].read_bytes() == files[1].read_bytes()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

@@ -65,7 +65,7 @@ def _export(source: Path, out: Path, quant: str) -> Path:
 def _direct(source: Path, export: Path, out: Path, quant: str, **changes: Any) -> Path:
     """The TensorRT-LLM checkpoint of the same source, by the same ranges."""
     settings: dict[str, Any] = _QUANTS[quant] | changes
-    if (ranges := export / "activation_ranges.safetensors").exists():
+    if (ranges := export / "calibration" / "activation_ranges.safetensors").exists():
         settings["calibration"] = CalibrationConfig(path=ranges)
     return convert(source, out, **settings)
 
@@ -134,10 +134,13 @@ def test_every_family_both_ways(
 ) -> None:
     source = sources[family]
     out = _export(source, tmp_path / "hf", quant)
-    file = out / "activation_ranges.safetensors"
+    file = out / "calibration" / "activation_ranges.safetensors"
     ranges = load_file(file) if file.exists() else {}
     plain = _tensors(source)
     _assert_same(_tensors(out), _expected(plain, quant, ranges))
+    # vLLM, SGLang and TensorRT-LLM load every .safetensors that is beside config.json.
+    assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]
+    assert bool(ranges) == (quant in ("fp8", "fp8_kv"))
 
     algo = {"w8a16": "W8A16", "fp8_rowwise": "FP8_PER_CHANNEL_PER_TOKEN"}.get(quant, "FP8")
     kv = "FP8" if quant == "fp8_kv" else None
@@ -247,7 +250,7 @@ def test_experts_stored_as_one_are_written_one_by_one(
     one_by_one = _export(sources[family], tmp_path / "a", quant)
     settings: dict[str, Any] = {}
     if quant == "fp8":
-        ranges = one_by_one / "activation_ranges.safetensors"
+        ranges = one_by_one / "calibration" / "activation_ranges.safetensors"
         settings["calibration"] = CalibrationConfig(path=ranges)
     as_one = convert(source, tmp_path / "b", quant=quant, checkpoint_format="hf", **settings)
     _assert_same(_tensors(as_one), _tensors(one_by_one))
@@ -294,6 +297,19 @@ def test_it_is_recorded_what_was_read_written_and_lost(
         error = weight - stored[name].double() * (scale[:, None] if scale.dim() else scale)
         expected = float(error.norm() / weight.norm())
         assert record["quantization_error"][name] == pytest.approx(expected, rel=1e-5)
+
+
+def test_what_is_made_of_it_is_recorded(sources: dict[str, Path], tmp_path: Path) -> None:
+    source = _export(sources["llama"], tmp_path / "hf", "w8a16")
+    out = convert(source, tmp_path / "out", tp_size=2)
+    record = json.loads((out / "quality.json").read_text())
+    files = {"source": [source / "model.safetensors"], "result": sorted(out.glob("rank*"))}
+    for side, paths in files.items():
+        assert record[side].keys() == {path.name for path in paths}
+        for path in paths:
+            expected = {k: blake3(_bytes(t)).hexdigest() for k, t in load_file(path).items()}
+            assert record[side][path.name]["tensors"] == expected
+    assert record["quantization_error"] == {}  # what it was before is not known
 
 
 def test_rowwise_formats_hold_a_tensor_at_a_time(

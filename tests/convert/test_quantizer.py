@@ -9,18 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llmserve.checkpoint.config import PretrainedConfig
 from llmserve.checkpoint.quality_file import read_quality
 from llmserve.checkpoint.quant_config import QuantConfig
-from llmserve.config import CalibrationConfig, ConvertConfig, QualityConfig
+from llmserve.config import (
+    KV_CACHE_QUANT_ALGOS,
+    QUANT_ALGOS,
+    CalibrationConfig,
+    ConvertConfig,
+    QualityConfig,
+)
 from llmserve.convert.artifact import open_artifact
 from llmserve.convert.calibrate import RANGES_FILE, ActivationRanges, calibrate
 from llmserve.convert.converter import convert
 from llmserve.convert.quantizer import Quantizer, needs_calibration
 from llmserve.convert.samples import load_samples
-from llmserve.errors import QualityError
+from llmserve.errors import CheckpointError, ConfigError, QualityError
 from tests.models import load_llama, make_llama
 
 SETTINGS = CalibrationConfig(samples=5, seq_len=24)
@@ -61,6 +67,13 @@ def test_which_formats_need_calibration(source: Path) -> None:
         if not needs_calibration(_quantized(config, quant_algo=algo, kv_cache_quant_algo=cache))
     }
     assert without == {(None, None), ("W8A16", None), ("FP8_PER_CHANNEL_PER_TOKEN", None)}
+    # The settings say the same without looking at a model.
+    assert without == {
+        (QUANT_ALGOS[quant], KV_CACHE_QUANT_ALGOS[cache])
+        for quant in QUANT_ALGOS
+        for cache in KV_CACHE_QUANT_ALGOS
+        if not ConvertConfig(quant=quant, kv_cache_dtype=cache).calibrated
+    }
 
 
 def test_scales_of_the_kv_cache(source: Path, ranges: ActivationRanges) -> None:
@@ -126,6 +139,29 @@ def test_a_conversion_calibrates_keeps_the_ranges_and_judges_itself(
     )
     file = "rank0.safetensors"
     assert (again / file).read_bytes() == (out / file).read_bytes()
+    with pytest.raises(ConfigError, match=r"given with .*activation_ranges.* leave them out"):
+        convert(
+            source,
+            tmp_path / "third",
+            settings=settings,
+            calibration=CalibrationConfig(path=out / RANGES_FILE, samples=3),
+        )
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_ranges_that_are_no_magnitudes(
+    source: Path, ranges: ActivationRanges, tmp_path: Path, value: float
+) -> None:
+    file = tmp_path / "ranges.safetensors"
+    ranges.save(file)
+    tensors = load_file(file)
+    tensors["transformer.layers.1.mlp.fc.input_amax"][5] = value
+    save_file(tensors, file)
+    settings = ConvertConfig(quant="int8_sq")
+    with pytest.raises(CheckpointError, match=rf"{file} holds {value} in .*layers.1.mlp.fc"):
+        convert(
+            source, tmp_path / "out", settings=settings, calibration=CalibrationConfig(path=file)
+        )
 
 
 @pytest.mark.parametrize("limit", [{"max_kl": 1e-9}, {"min_top1": 1.0}])

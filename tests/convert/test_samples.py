@@ -165,6 +165,7 @@ def test_held_out_text_is_in_no_calibration() -> None:
         ("a.jsonl", '{"token_ids": [1, -1]}', "none below 0"),
         ("a.jsonl", '{"token_ids": [true]}', "whole numbers"),
         ("a.jsonl", '{"token_ids": [1, 320]}', "320 is not below the model's vocab_size 320"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "\\ud800"}', "line 2: .*surrogates"),
         ("a.jsonl", '{"messages": ["a"]}', "messages must be objects"),
         ("a.jsonl", '{"text": ""}', "holds no text"),
         ("a.jsonl", "", "holds no text"),

@@ -23,14 +23,16 @@ from safetensors.torch import load_file, save_file
 from llmserve.checkpoint.config import PretrainedConfig
 from llmserve.checkpoint.decoder_tensors import quantized_linear
 from llmserve.checkpoint.huggingface import HuggingFaceCheckpoint
-from llmserve.config import ConvertConfig
-from llmserve.convert import stream
+from llmserve.config import CalibrationConfig, ConvertConfig
+from llmserve.convert import converter, stream
+from llmserve.convert.calibrate import ActivationRanges
+from llmserve.convert.calibrate import calibrate as _calibrate
 from llmserve.convert.converter import convert
 from llmserve.convert.families import family
 from llmserve.convert.journal import JOURNAL_FILE
 from llmserve.convert.plain_tensors import PlainTensors
 from llmserve.convert.plan import Target, make_plan
-from llmserve.convert.record import ConversionRecord, FileDigests, damaged_tensors
+from llmserve.convert.record import ConversionRecord
 from llmserve.convert.target_config import target_config
 from llmserve.errors import CheckpointError
 from llmserve.quantization import weight_format
@@ -216,28 +218,38 @@ def test_rows_in_another_order_have_the_digest_of_the_file(models: Any, tmp_path
     assert digests[name] == blake3(_bytes(tensor)).hexdigest()
 
 
-def test_a_changed_byte_changes_the_record_of_its_tensor_and_file(tmp_path: Path) -> None:
+def test_digests_are_those_of_the_files_bytes(tmp_path: Path) -> None:
     source = make_llama(tmp_path / "hf", tokenizer=False)
     out = convert(source, tmp_path / "out", quant="fp8_rowwise")
-    recorded = json.loads((out / "quality.json").read_text())
-    assert recorded["digest_algorithm"] == "blake3"
-    digests = FileDigests(**recorded["result"]["rank0.safetensors"])
-    file = out / "rank0.safetensors"
-    assert damaged_tensors(file, digests) == []
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    last = list(digests.tensors)[-1]
-    assert damaged_tensors(file, digests) == [last]
+    record = json.loads((out / "quality.json").read_text())
+    assert record["digest_algorithm"] == "blake3"
+    for side, file in (
+        ("source", source / "model.safetensors"),
+        ("result", out / "rank0.safetensors"),
+    ):
+        said, content = record[side][file.name], file.read_bytes()
+        begin = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:begin])
+        header.pop("__metadata__", None)
+        whole = blake3(content[:begin])
+        for name, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            first, last = tensor["data_offsets"]
+            digest = blake3(content[begin + first : begin + last])
+            assert said["tensors"].pop(name) == digest.hexdigest()
+            whole.update(digest.digest())
+        assert not said["tensors"]
+        assert said["digest"] == whole.hexdigest()
 
 
 _CONVERT = textwrap.dedent("""
     import os, signal, sys, threading, time
+    from pathlib import Path
+    from llmserve.config import CalibrationConfig
     from llmserve.checkpoint.writer import StreamingWriter
     from llmserve.convert import stream
     from llmserve.convert.converter import convert
 
-    source, out, quant, stop_at, by = sys.argv[1:]
+    source, out, quant, text, stop_at, by = sys.argv[1:]
     stream.BATCH_BYTES = 20_000
     append, calls, turn = StreamingWriter.append, 0, threading.Lock()
 
@@ -251,18 +263,24 @@ _CONVERT = textwrap.dedent("""
         append(self, name, values)
 
     StreamingWriter.append = counted
-    convert(source, out, quant=quant)
+    calibration = CalibrationConfig(path=Path(text)) if text else None
+    convert(source, out, quant=quant, calibration=calibration)
 """)
 
 
-def _command(source: Path, out: Path, quant: str, stop_at: int, by: str) -> list[str]:
-    return [sys.executable, "-c", _CONVERT, str(source), str(out), quant, str(stop_at), by]
+def _command(
+    source: Path, out: Path, quant: str, stop_at: int, by: str, text: Path | str = ""
+) -> list[str]:
+    command = [sys.executable, "-c", _CONVERT, str(source), str(out), quant, str(text)]
+    return [*command, str(stop_at), by]
 
 
-def _stopped(source: Path, out: Path, quant: str, stop_at: int, by: str = "SIGKILL") -> None:
+def _stopped(
+    source: Path, out: Path, quant: str, stop_at: int, by: str = "SIGKILL", text: Path | str = ""
+) -> None:
     """Convert in a process that is stopped at its so-manieth write; it leaves one directory."""
     done = subprocess.run(
-        _command(source, out, quant, stop_at, by), capture_output=True, check=False
+        _command(source, out, quant, stop_at, by, text), capture_output=True, check=False
     )
     assert done.returncode in (-signal.Signals[by], 1), done.stderr.decode()
     assert not out.exists()
@@ -305,6 +323,34 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(
     for stop_at in (35, 25):
         _stopped(source, tmp_path / "out", "fp8_rowwise", stop_at)
     assert _goes_on(source, caplog, "fp8_rowwise")
+
+
+@pytest.mark.parametrize("same_text", [True, False])
+def test_a_killed_conversion_is_calibrated_once(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    same_text: bool,
+) -> None:
+    source, text = _source(tmp_path), tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"token_ids": list(range(30))}))
+    _stopped(source, tmp_path / "out", "int8_sq", 60, text=text)
+    calibrated = []
+
+    def calibrate(*args: Any, **settings: Any) -> ActivationRanges:
+        calibrated.append(args)
+        return _calibrate(*args, **settings)
+
+    monkeypatch.setattr(converter, "calibrate", calibrate)
+    if not same_text:
+        text.write_text(json.dumps({"token_ids": list(range(30, 60))}))
+    settings = CalibrationConfig(path=text)
+    out = convert(source, tmp_path / "out", quant="int8_sq", calibration=settings)
+    assert ("going on with" in caplog.text) == same_text
+    assert bool(calibrated) != same_text
+    again = convert(source, tmp_path / "again", quant="int8_sq", calibration=settings)
+    assert _content(out) == _content(again)
+    assert _left(tmp_path) == []
 
 
 @pytest.mark.full

@@ -108,6 +108,20 @@ def test_below_the_minimum_main_returns_one(
     assert evaluate.main(["--url", url, "--inputs", "8", "--minimum", "95"]) == 1
 
 
+def test_only_calibrated_formats_are_given_a_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    for quant in evaluate.QUANT_MODES:
+        evaluate.build_engine(tmp_path / "hf", quant, tmp_path, tmp_path / "calib.jsonl")
+    converted = [command for command in commands if "convert" in command]
+    given = {command[command.index("--quant") + 1]: "--calib" in command for command in converted}
+    assert given == {
+        "none": False, "w8a16": False, "fp8_rowwise": False, "fp8": True, "int8_sq": True
+    }  # fmt: skip
+
+
 def test_a_server_that_ends_early_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
