@@ -23,6 +23,10 @@ MAX_GATHERED_TOKENS = 1 << 16
 # them explicit: both bound the memory, not the result.
 QUERY_ROWS = 256
 MAX_SCORES = 1 << 22
+# Logits that are sampled from at a time, or those of one row, and the most that this takes for
+# each: penalties, and probabilities sorted and added up in float64.
+MAX_SAMPLED_LOGITS = 1 << 22
+_SAMPLING_ITEMSIZE = 72
 
 
 def weights_bytes(config: PretrainedConfig) -> int:
@@ -46,7 +50,7 @@ def activation_bytes(
     """The most that a step holds at a time beside weights and cache.
 
     A layer's widest moment for every token, what attention gathers for one batch of requests, and
-    float32 logits with the sampler's copies.
+    logits with what sampling makes of them.
     """
     itemsize, tp = torch_dtype(config.dtype).itemsize, config.tp_size
     rows = min(max_batch_size, max_num_tokens)
@@ -55,14 +59,14 @@ def activation_bytes(
     tokens = max_num_tokens * (stream + max(_attention_bytes(config), _mlp_bytes(config)))
     gathered = max(max_seq_len, min(MAX_GATHERED_TOKENS, max_batch_size * max_seq_len))
     kv_width = 2 * kv_heads_per_rank(config) * config.head_size
-    # Of 8 bits: as they are, as float16 and in the model's dtype.
-    kv_itemsize = itemsize + (3 if config.quantization.kv_cache_quant_algo is not None else 0)
-    attention = gathered * kv_width * kv_itemsize + QUERY_ROWS * max_seq_len * itemsize
+    attention = (gathered * kv_width + QUERY_ROWS * max_seq_len) * itemsize
     if config.attn_logit_softcapping is not None:
         heads = config.num_attention_heads // tp
         # In float32 before and after the softmax, and in the model's dtype.
         attention += max(MAX_SCORES, heads * gathered) * (8 + itemsize)
-    return tokens + attention + rows * padded_vocab_size(config) * 4 * 4
+    vocab = padded_vocab_size(config)
+    sampled = min(rows * vocab, max(MAX_SAMPLED_LOGITS, vocab)) * _SAMPLING_ITEMSIZE
+    return tokens + attention + rows * vocab * (itemsize + 4) + sampled
 
 
 def _attention_bytes(config: PretrainedConfig) -> int:

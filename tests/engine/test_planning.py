@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from llmserve.build.native import build
 from llmserve.checkpoint.config import PretrainedConfig
 from llmserve.checkpoint.engine_dir import read_engine
-from llmserve.config import BuildConfig, EngineConfig, KvCacheConfig
+from llmserve.config import BuildConfig, CalibrationConfig, EngineConfig, KvCacheConfig
 from llmserve.convert.converter import convert
 from llmserve.engine.planning import MemoryPlan, plan_memory, remedies
 from llmserve.engine.process import ProcessEngine
@@ -20,7 +21,7 @@ from llmserve.engine.sizing import EngineLimits, resolve_limits
 from llmserve.runtime.memory import kv_bytes_per_token, weights_bytes
 from tests.checkpoint.factories import pretrained_config
 from tests.engine.factories import drain, make_request
-from tests.models import make_llama
+from tests.models import make_llama, make_model
 
 GIB = 2**30
 LIMITS = EngineLimits(max_batch_size=8, max_num_tokens=512, max_seq_len=1024, tokens_per_block=32)
@@ -80,24 +81,52 @@ def test_every_remedy_makes_it_fit() -> None:
     needed = whole.process_bytes + whole.weights_bytes + whole.activation_bytes
     # Room for little more than half of a full request: less of anything will do.
     short = plan(config, needed + 544 * whole.kv_bytes_per_token)
-    found = remedies(short, config, can_quantize=True)
+    found = remedies(short, config, can_quantize=True, can_split=True)
     assert "--max-seq-len 512" in found
     assert "--kv-cache-dtype fp8" in found
     assert "--quant w8a16" in found
     assert plan(config, short.memory_bytes, max_seq_len=512).fits
-    fixed = remedies(short, config, can_quantize=False)
+    fixed = remedies(short, config, can_quantize=False, can_split=False)
     assert fixed
     assert all(line.startswith("--max-") for line in fixed)
+    # A source that is quantised already can still be split.
+    split = remedies(short, config, can_quantize=False, can_split=True)
+    assert split[: len(fixed)] == fixed
+    assert all(line.startswith("--tp ") for line in split[len(fixed) :])
+    assert len(split) > len(fixed)
     hopeless = plan(config, short.process_bytes)
-    assert remedies(hopeless, config, can_quantize=True) == []
+    assert remedies(hopeless, config, can_quantize=True, can_split=True) == []
 
 
-@pytest.fixture(scope="module", params=["none", "w8a16"])
+# Experts' rows and 8-bit K and V, which a step holds in other ways than a plain model's.
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 256}
+LARGE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "none": ("llama", {}, {}),
+    "w8a16": ("llama", {}, {"quant": "w8a16"}),
+    "experts": ("qwen3_moe", EXPERTS, {}),
+    "int8_kv": (
+        "llama",
+        {},
+        {"kv_cache_dtype": "int8", "calibration": CalibrationConfig(samples=2, seq_len=32)},
+    ),
+}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "none",
+        "w8a16",
+        *(pytest.param(name, marks=pytest.mark.full) for name in ("experts", "int8_kv")),
+    ],
+)
 def large_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An engine whose weights, K and V outweigh the interpreter, and that computes little."""
+    family, sizes, settings = LARGE[request.param]
     path = tmp_path_factory.mktemp(f"large-{request.param}")
-    source = make_llama(
+    source = make_model(
         path / "hf",
+        family,
         hidden_size=512,
         intermediate_size=512,
         num_hidden_layers=8,
@@ -106,13 +135,18 @@ def large_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         head_dim=128,
         vocab_size=32768,
         max_position_embeddings=4096,
-        tokenizer=False,
+        **sizes,
     )
     return build(
-        convert(source, path / "checkpoint", quant=request.param),
+        convert(source, path / "checkpoint", **settings),
         path / "engine",
-        BuildConfig(max_num_tokens=512, max_batch_size=4, max_seq_len=1024),
+        BuildConfig(max_num_tokens=512, max_batch_size=_requests(request.param), max_seq_len=1024),
     )
+
+
+def _requests(name: str) -> int:
+    """Those of 1024 tokens that fill a pool of 256 MiB."""
+    return 16 if name == "int8_kv" else 4
 
 
 async def test_the_process_takes_what_was_planned(large_engine: Path) -> None:

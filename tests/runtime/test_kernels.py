@@ -7,6 +7,7 @@ import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from llmserve.runtime.torch.kernels import attention
 from llmserve.runtime.torch.kernels.attention import (
     AttentionPlan,
     AttentionScores,
@@ -18,7 +19,7 @@ from llmserve.runtime.torch.kernels.attention import (
     paged_attention,
     whole_sequences_plan,
 )
-from llmserve.runtime.torch.kernels.kv_storage import PlainKvStorage
+from llmserve.runtime.torch.kernels.kv_storage import PlainKvStorage, make_kv_storage
 from llmserve.runtime.torch.kernels.norm import rms_norm, rms_norm_reference
 from llmserve.runtime.torch.kernels.rotary import (
     apply_rotary_,
@@ -207,7 +208,7 @@ def test_mixed_batch(
     query_rows: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("llmserve.runtime.torch.kernels.attention._QUERY_ROWS", query_rows)
+    monkeypatch.setattr("llmserve.runtime.torch.kernels.attention.QUERY_ROWS", query_rows)
     paged = Paged([6, 11, 7], dtype, device)
     paged.store(0, 5)  # a decode
     paged.store(1, 4)  # a chunk of 7 behind 4; request 2 is a whole prompt
@@ -238,7 +239,7 @@ def test_mixed_batch(
 def test_softcapped_prefills_hold_few_scores_at_a_time(
     max_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmserve.runtime.torch.kernels.attention._MAX_SCORES", max_scores)
+    monkeypatch.setattr("llmserve.runtime.torch.kernels.attention.MAX_SCORES", max_scores)
     paged = Paged([30], torch.float32, "cpu")
     chunk = PrefillChunk(rows=slice(0, 30), num_previous_tokens=0, kv_slots=paged.slots[0])
     view = AttentionView(decodes=[], prefills=[chunk])
@@ -260,3 +261,16 @@ def test_causal_mask() -> None:
     assert causal_mask(1, 2, like).tolist() == [[0, 0, hidden], [0, 0, 0]]
     assert causal_mask(1, 2, like, window=2).tolist() == [[0, 0, hidden], [hidden, 0, 0]]
     assert causal_mask(1, 2, like, window=1).tolist() == [[hidden, 0, hidden], [hidden, hidden, 0]]
+
+
+@pytest.mark.parametrize("quant_algo", ["INT8", "FP8"])
+def test_a_gather_in_parts_is_that_of_the_whole(
+    quant_algo: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = make_kv_storage(quant_algo, torch.tensor([0.02]), torch.bfloat16)
+    key_value = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cache, slots = storage.store(key_value), torch.arange(39, 2, -2)
+    whole = attention._gathered(cache, slots, storage, torch.bfloat16)
+    assert torch.equal(whole, storage.load(cache)[slots])
+    monkeypatch.setattr(attention, "_UNPACKED_ELEMENTS", 5 * 16)
+    assert torch.equal(attention._gathered(cache, slots, storage, torch.bfloat16), whole)

@@ -154,6 +154,17 @@ def test_draws_do_not_depend_on_the_batch(device: str) -> None:
     ]
 
 
+def test_rows_sampled_in_parts_are_those_sampled_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = _logits(rows=7)
+    rows = [_row(temperature=1.0, seed=i, logprobs=i % 3 or None) for i in range(7)]
+    together = _sample(logits, rows)
+    monkeypatch.setattr("llmserve.runtime.torch.sampler.MAX_SAMPLED_LOGITS", 3 * VOCAB)
+    parts = _sample(logits, rows)
+    assert torch.equal(parts.token_ids, together.token_ids)
+    assert torch.equal(parts.valid, together.valid)
+    assert parts.logprobs == together.logprobs
+
+
 def test_draws_depend_on_the_seed_and_the_position() -> None:
     rows = [_row(position=i, temperature=5.0, seed=s) for s in (1, 2, 2**64 - 1) for i in range(20)]
     tokens = _sample(_logits().expand(60, -1), rows).token_ids.view(3, 20)

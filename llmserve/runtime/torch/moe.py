@@ -45,15 +45,15 @@ class MixtureOfExperts:
         chosen = experts.flatten()
         order = chosen.argsort(stable=True)
         counts = torch.bincount(chosen, minlength=len(self.fc)).tolist()
-        grouped = x.index_select(0, order // self.top_k)
-        parts = [
-            proj(gated(fc(part), self.activation))
-            for fc, proj, part in zip(self.fc, self.proj, torch.split(grouped, counts), strict=True)
-            if part.shape[0]
-        ]
-        results = x.new_empty(grouped.shape).index_copy_(0, order, torch.cat(parts))
-        results = results.view(x.shape[0], self.top_k, -1).float()
-        y = (results * weights[:, :, None]).sum(1).to(x.dtype)
+        tokens = torch.split(order // self.top_k, counts)
+        shares = torch.split(weights.view(-1, 1).index_select(0, order), counts)
+        y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for fc, proj, rows, share in zip(self.fc, self.proj, tokens, shares, strict=True):
+            if rows.shape[0]:
+                part = proj(gated(fc(x.index_select(0, rows)), self.activation))
+                # No token comes twice, so the order of a token's sum is that of the experts.
+                y.index_add_(0, rows, part * share)
+        y = y.to(x.dtype)
         return y if self.group is None else self.group.all_reduce_(y)
 
     def route(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

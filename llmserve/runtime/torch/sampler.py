@@ -19,6 +19,7 @@ import torch
 
 from llmserve.core.request import TokenLogprobs
 from llmserve.core.sampling_params import SamplingParams
+from llmserve.runtime.memory import MAX_SAMPLED_LOGITS
 from llmserve.runtime.torch.input_batch import SampledRow
 from llmserve.runtime.torch.kernels.philox import uniform
 
@@ -52,6 +53,25 @@ def sample(logits: torch.Tensor, rows: Sequence[SampledRow], token_buffer: torch
         rows: Who samples, in the same order.
         token_buffer: int (slots, length): the tokens so far, for penalties.
     """
+    size = max(1, MAX_SAMPLED_LOGITS // logits.shape[1])
+    if len(rows) <= size:
+        return _sample(logits, rows, token_buffer)
+    starts = range(0, len(rows), size)
+    parts = [_sample(logits[i : i + size], rows[i : i + size], token_buffer) for i in starts]
+    return Sampled(
+        token_ids=torch.cat([part.token_ids for part in parts]),
+        valid=torch.cat([part.valid for part in parts]),
+        logprobs={
+            start + row: logprobs
+            for start, part in zip(starts, parts, strict=True)
+            for row, logprobs in part.logprobs.items()
+        },
+    )
+
+
+def _sample(
+    logits: torch.Tensor, rows: Sequence[SampledRow], token_buffer: torch.Tensor
+) -> Sampled:
     params = [row.sampling_params for row in rows]
     scores = _penalized(logits, rows, token_buffer)
     best, token_ids = scores.max(dim=-1)  # NaN is larger than anything, and +infinity than the rest

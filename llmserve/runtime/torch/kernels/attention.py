@@ -16,12 +16,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from llmserve.runtime.memory import MAX_SCORES, QUERY_ROWS
 from llmserve.runtime.torch.kernels.kv_storage import KvStorage
 
-# Queries of a prefill that share one mask, and scores that are held at a time where they are made
-# explicitly: both bound the memory, not the result.
-_QUERY_ROWS = 256
-_MAX_SCORES = 1 << 24
+# K and V that are kept in 8 bits are unpacked by so many at a time.
+_UNPACKED_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +150,20 @@ def paged_attention(
     return out.view(out.shape[0], -1)
 
 
+def _gathered(
+    cache: torch.Tensor, kv_slots: torch.Tensor, storage: KvStorage, dtype: torch.dtype
+) -> torch.Tensor:
+    """K and V (slots, 2 * kv_heads * head_size) of some slots in the model's dtype."""
+    count, width = kv_slots.shape[0], cache.shape[1]
+    size = max(1, _UNPACKED_ELEMENTS // width)
+    if cache.dtype == dtype or count <= size:
+        return storage.load(cache.index_select(0, kv_slots))
+    rows = torch.empty(count, width, dtype=dtype, device=cache.device)
+    for part, out in zip(torch.split(kv_slots, size), torch.split(rows, size), strict=True):
+        out.copy_(storage.load(cache.index_select(0, part)))
+    return rows
+
+
 def _decode(
     query: torch.Tensor,
     cache: torch.Tensor,
@@ -159,7 +172,7 @@ def _decode(
     storage: KvStorage,
 ) -> torch.Tensor:
     requests, kv_heads, _, head_size = query.shape
-    rows = storage.load(cache.index_select(0, batch.kv_slots))
+    rows = _gathered(cache, batch.kv_slots, storage, query.dtype)
     key, value = rows.view(requests, -1, 2, kv_heads, head_size).transpose(1, 3).unbind(2)
     # The query heads of a group stand where SDPA expects positions: K and V need no repeating.
     if scores.softcap is not None:
@@ -177,16 +190,16 @@ def _prefill(
     storage: KvStorage,
 ) -> torch.Tensor:
     tokens, kv_heads, group, head_size = query.shape
-    rows = storage.load(cache.index_select(0, chunk.kv_slots))
+    rows = _gathered(cache, chunk.kv_slots, storage, query.dtype)
     key, value = rows.view(-1, 2, kv_heads, head_size).permute(1, 2, 0, 3).unbind(0)
     heads = query.permute(1, 2, 0, 3)
     before, window, softcap = chunk.num_previous_tokens, scores.window, scores.softcap
     if before == 0 and softcap is None and (window is None or tokens <= window):
         out = _attend(heads, key, value, None, scores.scale)
         return out.permute(2, 0, 1, 3)
-    tile = _QUERY_ROWS
+    tile = QUERY_ROWS
     if softcap is not None:
-        tile = max(1, min(tile, _MAX_SCORES // (kv_heads * group * (before + tokens))))
+        tile = max(1, min(tile, MAX_SCORES // (kv_heads * group * (before + tokens))))
     parts = []
     for start in range(0, tokens, tile):
         stop = min(start + tile, tokens)

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from llmserve.quantization import kv_cache
-from llmserve.runtime.torch.kernels.e4m3 import EXPONENT_OFFSET, unpack_e4m3
+from llmserve.runtime.torch.kernels.e4m3 import EXPONENT_OFFSET, unpacked_e4m3
 
 
 class KvStorage(Protocol):
@@ -62,6 +62,7 @@ class Int8KvStorage:
 
     def __init__(self, scale: torch.Tensor, dtype: torch.dtype) -> None:
         self._scale, self._model_dtype = scale, dtype
+        self._step = float(scale)
 
     def store(self, key_value: torch.Tensor) -> torch.Tensor:
         """Quantise them."""
@@ -69,7 +70,9 @@ class Int8KvStorage:
 
     def load(self, rows: torch.Tensor) -> torch.Tensor:
         """Dequantise them."""
-        return kv_cache.dequantize(rows, self._scale).to(self._model_dtype)
+        # The numbers of ``kv_cache.dequantize``: steps are exact in every dtype, and a product with
+        # a plain number is made in float32 and rounded once.
+        return rows.to(self._model_dtype).mul_(self._step)
 
 
 class Fp8KvStorage:
@@ -86,7 +89,7 @@ class Fp8KvStorage:
 
     def __init__(self, scale: torch.Tensor, dtype: torch.dtype) -> None:
         self._scale, self._model_dtype = scale, dtype
-        self._unpacked_scale = scale * EXPONENT_OFFSET
+        self._unpacked_step = float(scale) * EXPONENT_OFFSET
 
     def store(self, key_value: torch.Tensor) -> torch.Tensor:
         """Quantise them."""
@@ -97,9 +100,9 @@ class Fp8KvStorage:
         stored = rows.view(torch.float8_e4m3fn)
         if rows.device.type != "cpu":
             return kv_cache.dequantize(stored, self._scale).to(self._model_dtype)
-        bits, unpacked = torch.empty(rows.shape, dtype=torch.int16), torch.empty(rows.shape)
-        unpack_e4m3(stored, bits, unpacked)
-        return unpacked.mul_(self._unpacked_scale).to(self._model_dtype)
+        # As in int8: e4m3's numbers and their 256th part are exact in every dtype.
+        bits = torch.empty(rows.shape, dtype=torch.int16)
+        return unpacked_e4m3(stored, bits).to(self._model_dtype).mul_(self._unpacked_step)
 
 
 def make_kv_storage(
