@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from llmserve.checkpoint.quant_config import QuantConfig
-from llmserve.checkpoint.rotary_scaling import check_rotary_scaling
+from llmserve.checkpoint.rotary_scaling import check_rotary_scaling, rope_type
 from llmserve.checkpoint.typed_json import json_object, typed
 from llmserve.errors import CheckpointError, UnsupportedCheckpointError
 
@@ -404,6 +404,10 @@ class PretrainedConfig:
                 "number from 2 to head_size"
             )
         check_rotary_scaling(self.rotary_scaling, self.max_position_embeddings)
+        if rope_type(self.rotary_scaling) == "yarn" and self.rotary_base <= 1:
+            raise CheckpointError(
+                f"rotary_base is {self.rotary_base}; with rotary scaling 'yarn' it must be above 1"
+            )
         self._check_long_rope()
 
     def _activation(self) -> str:

@@ -47,7 +47,7 @@ class EngineCore:
             config.kv_cache,
             device=model.device,
             available_bytes=runner.available_kv_bytes(),
-            free_host_bytes=free_host_bytes(),
+            free_host_bytes=max(0, free_host_bytes() - model.workspace_bytes),
         )
         blocks = num_kv_blocks(model.kv_groups, limits, config.kv_cache, pool_bytes)
         num_blocks = (blocks,) * len(model.kv_groups)

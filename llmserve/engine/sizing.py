@@ -86,7 +86,7 @@ def kv_pool_bytes(
         device: 'cpu' or 'cuda:0'.
         available_bytes: Of ``ModelRunner.available_kv_bytes``: the default on CPU, what is free on
             CUDA.
-        free_host_bytes: The host's memory that nothing holds.
+        free_host_bytes: The host's memory that nothing holds and no step will.
 
     Raises:
         ConfigError: ``max_total_bytes`` is more than the host has.

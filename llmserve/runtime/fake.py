@@ -109,6 +109,7 @@ class FakeRunner:
                 for group in range(num_groups)
             ),
             weights_bytes=0,
+            workspace_bytes=0,
             device="cpu",
             dtype="float32",
             quant_algo=None,

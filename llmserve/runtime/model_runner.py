@@ -19,6 +19,7 @@ class ModelInfo:
         max_seq_len: The engine's limit in tokens.
         kv_groups: One for most models; sliding and full layers make two.
         weights_bytes: Resident weights.
+        workspace_bytes: The most that a step takes beside them and the KV cache.
         device: 'cpu' or 'cuda:0'.
         dtype: Of activations and the KV cache.
         quant_algo: As in config.json, or None.
@@ -28,6 +29,7 @@ class ModelInfo:
     max_seq_len: int
     kv_groups: tuple[KVGroupSpec, ...]
     weights_bytes: int
+    workspace_bytes: int
     device: str
     dtype: str
     quant_algo: str | None

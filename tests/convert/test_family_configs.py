@@ -259,8 +259,8 @@ _REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"use_sliding_window": False}, "no sliding_window"),
     (
         "qwen2",
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}},
-        "'yarn' has original_max_position_embeddings None",
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1.0}},
+        "rotary_base is 1.0; with rotary scaling 'yarn'",
     ),
     ("qwen3", {"attention_bias": True}, "attention_bias True"),
     ("qwen3_moe", {"attention_bias": True}, "attention_bias True"),
@@ -310,3 +310,16 @@ def test_what_a_family_does_not_implement(
     hf = model_config(model_type).to_dict() | changes
     with pytest.raises(CheckpointError, match=words):
         _converted(hf)
+
+
+def test_yarn_stretches_what_the_model_has_unless_it_names_another_length() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
+    hf = json.loads(model_config("qwen2").to_json_string())
+    hf |= {"max_position_embeddings": 100, "rope_parameters": yarn}
+    config = family(hf).pretrained_config(hf, "float32", QuantConfig())
+    assert config.rotary_scaling is not None
+    assert config.rotary_scaling["original_max_position_embeddings"] == 100
+    assert config.max_position_embeddings == 400
+    hf["rope_parameters"] = yarn | {"original_max_position_embeddings": 50}
+    config = family(hf).pretrained_config(hf, "float32", QuantConfig())
+    assert config.max_position_embeddings == 200

@@ -157,3 +157,21 @@ def test_a_request_with_nan_logits_fails_alone(
         assert [t for o in outputs[request_id] for t in o.token_ids] == alone[0][i]
     # Others get its blocks, with the NaN in them.
     assert [driver.generate([prompts[i]], GREEDY)[0] for i in clean] == [alone[0][i] for i in clean]
+
+
+def test_nan_within_a_prompt_does_not_reach_who_shares_its_beginning(
+    runner: TorchRunner, prompts: list[list[int]]
+) -> None:
+    # In one chunk with the poison, masked weights times NaN make NaN of the whole prefix's K and V
+    # in the layers above; that chunk samples nothing, and its blocks would be kept for others.
+    embedding = runner._decoder.embedding.weight.clone()
+    embedding[255] = float("nan")
+    replace_embedding(runner, embedding)
+    prefix = [t for t in prompts[0] + list(range(100, 140)) if t != 255][:24]
+    expected = Driver(runner, enable_block_reuse=False).generate([[*prefix, 7]], GREEDY)
+    driver = Driver(runner, max_num_tokens=32)
+    bad = driver.submit([*prefix, 255, *range(20, 60)], GREEDY)
+    outputs = driver.run()
+    assert outputs[bad][-1].finish_reason is FinishReason.ERROR
+    assert outputs[bad][-1].error == "the model computed NaN within the prompt"
+    assert driver.generate([[*prefix, 7]], GREEDY) == expected

@@ -226,7 +226,11 @@ def test_two_processes(made: Path, open_ranks: Callable[[int], TensorParallelRun
     files = [load_file(made / f"engine2/rank{rank}.safetensors").values() for rank in range(2)]
     # All ranks' bytes, for they share the host's memory; two K and V heads are one on each rank.
     weights_bytes = sum(tensor.nbytes for tensors in files for tensor in tensors)
-    assert runner.info == replace(alone, weights_bytes=weights_bytes)
+    workspace_bytes = runner.info.workspace_bytes
+    assert runner.info == replace(
+        alone, weights_bytes=weights_bytes, workspace_bytes=workspace_bytes
+    )
+    assert alone.workspace_bytes < workspace_bytes < 2 * alone.workspace_bytes
     _check_processes(made, runner)
     with pytest.raises(ValueError, match="allocated already"):
         runner._runner.allocate_kv_cache((64,))

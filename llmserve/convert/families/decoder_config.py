@@ -54,10 +54,11 @@ def decoder_config(
             max_positions, int_key(scaling, "original_max_position_embeddings", max_positions)
         )
     elif rope_type(scaling) == "yarn":
-        # Models that are stretched by this state their original length here, and mean the product.
-        stretched = number_key(scaling, "factor", 1.0) * int_key(
-            scaling, "original_max_position_embeddings", max_positions
-        )
+        original = int_key(scaling, "original_max_position_embeddings", max_positions)
+        # Where none is named transformers takes the model's positions. Models that are stretched
+        # by this state their original length here as well, and mean the product.
+        settings["rotary_scaling"] = scaling | {"original_max_position_embeddings": original}
+        stretched = number_key(scaling, "factor", 1.0) * original
         settings["max_position_embeddings"] = max(max_positions, int(stretched))
     # from_dict holds the checks of values; what is written here must pass when it is read.
     return PretrainedConfig.from_dict(PretrainedConfig(**settings).to_dict())

@@ -66,6 +66,19 @@ class SampledRow:
     sequence_index: int
 
 
+@dataclass(frozen=True, slots=True)
+class PrefillRows:
+    """The rows of a part of a request's prompt in a step: several, or one that samples nothing.
+
+    Attributes:
+        request_id: The request.
+        rows: Of the flat batch.
+    """
+
+    request_id: str
+    rows: slice
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepInputs:
     """One step, packed.
@@ -76,6 +89,7 @@ class StepInputs:
         plan: How the tokens attend.
         sampled_rows: int64 (sampled,): rows of the flat batch whose logits are wanted.
         sampled: The requests behind them, in the same order.
+        prefills: Parts of prompts.
     """
 
     token_ids: torch.Tensor
@@ -83,6 +97,7 @@ class StepInputs:
     plan: AttentionPlan
     sampled_rows: torch.Tensor
     sampled: Sequence[SampledRow]
+    prefills: Sequence[PrefillRows]
 
 
 class InputBatch:
@@ -181,6 +196,7 @@ class InputBatch:
             for i, (request, item) in enumerate(zip(requests, flat, strict=True))
             if item.num_computed_tokens + item.num_tokens == request.num_tokens
         ]
+        samples = frozenset(sampled)
         token_index = self._to_device(row_slots * self.token_ids.shape[1] + positions)
         return StepInputs(
             token_ids=self.token_ids.view(-1).index_select(0, token_index).long(),
@@ -191,6 +207,11 @@ class InputBatch:
             ),
             sampled_rows=self._to_device(ends[sampled] - 1),
             sampled=[self._sampled_row(flat[i].request_id, requests[i]) for i in sampled],
+            prefills=[
+                PrefillRows(item.request_id, slice(int(ends[i]) - item.num_tokens, int(ends[i])))
+                for i, item in enumerate(flat)
+                if item.num_tokens > 1 or i not in samples
+            ],
         )
 
     def append_sampled(self, sampled: Sequence[SampledRow], token_ids: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ from llmserve.core.step import (
     SchedulerOutput,
 )
 from llmserve.errors import ConfigError
-from llmserve.runtime.host import default_host_kv_bytes
+from llmserve.runtime.host import default_host_kv_bytes, free_host_bytes
 from llmserve.runtime.memory import activation_bytes, kv_bytes_per_token
 from llmserve.runtime.model_runner import ModelInfo
 from llmserve.runtime.torch.group import RankGroup
@@ -39,10 +39,13 @@ class StepHandle:
     Attributes:
         inputs: What it computes; None for a step that computes nothing.
         logits: float32 (sampled, vocab), perhaps still being computed; None if nobody samples.
+        broken: bool, whether the prompt of each of the inputs' ``prefills`` came to NaN; None
+            without any.
     """
 
     inputs: StepInputs | None
     logits: torch.Tensor | None
+    broken: torch.Tensor | None = None
 
 
 class TorchRunner:
@@ -73,7 +76,6 @@ class TorchRunner:
         self._device = resolve_device(device)
         self._dtype = torch_dtype(config.dtype)
         self._config = config
-        self._max_num_tokens = max_num_tokens
         self._tokens_per_block = tokens_per_block
         self._rank, self._group = rank, group
         self._decoder = load_decoder(
@@ -107,25 +109,23 @@ class TorchRunner:
                 ),
             ),
             weights_bytes=self._decoder.weights_bytes,
+            workspace_bytes=activation_bytes(
+                config,
+                max_num_tokens=max_num_tokens,
+                max_batch_size=max_batch_size,
+                max_seq_len=max_seq_len,
+            ),
             device=str(self._device),
             dtype=config.dtype,
             quant_algo=config.quantization.quant_algo,
         )
 
     def available_kv_bytes(self) -> int:
-        """On CUDA what is free once the largest step has its room; on a CPU see ``memory``."""
+        """What is free once the largest step has its room; on a CPU at most the default."""
         if self._device.type == "cpu":
-            return default_host_kv_bytes()
+            return default_kv_bytes(self.info)
         free, _ = torch.cuda.mem_get_info(self._device)
-        return max(0, free - self._workspace_bytes())
-
-    def _workspace_bytes(self) -> int:
-        return activation_bytes(
-            self._config,
-            max_num_tokens=self._max_num_tokens,
-            max_batch_size=self._inputs.token_ids.shape[0],
-            max_seq_len=self.info.max_seq_len,
-        )
+        return max(0, free - self.info.workspace_bytes)
 
     def allocate_kv_cache(self, num_blocks: tuple[int, ...]) -> None:
         """Reserve the KV cache. On a CPU its pages take memory when they are first written.
@@ -182,10 +182,16 @@ class TorchRunner:
         hidden = self._decoder.forward(
             inputs.token_ids, inputs.positions, inputs.plan, self._kv_cache
         )
-        if not inputs.sampled:
-            return StepHandle(inputs=inputs, logits=None)
-        logits = self._decoder.logits(hidden.index_select(0, inputs.sampled_rows))
-        return StepHandle(inputs=inputs, logits=logits)
+        # A part of a prompt that came to NaN must not enter the tree of blocks that others reuse,
+        # and nobody may come to sample from it: 8-bit K and V forget a NaN.
+        broken = None
+        if inputs.prefills:
+            rows = hidden.isnan().any(-1)
+            broken = torch.stack([rows[prefill.rows].any() for prefill in inputs.prefills])
+        logits = None
+        if inputs.sampled:
+            logits = self._decoder.logits(hidden.index_select(0, inputs.sampled_rows))
+        return StepHandle(inputs=inputs, logits=logits, broken=broken)
 
     @torch.inference_mode()
     def finish(self, handle: StepHandle, masks: object = None) -> ModelRunnerOutput:
@@ -197,7 +203,13 @@ class TorchRunner:
         if masks is not None:
             raise ValueError("grammar masks are not implemented")
         output = ModelRunnerOutput()
-        if handle.inputs is None or handle.logits is None:
+        if handle.inputs is None:
+            return output
+        if handle.broken is not None:
+            for prefill, broken in zip(handle.inputs.prefills, handle.broken.tolist(), strict=True):
+                if broken:
+                    output.errors[prefill.request_id] = "the model computed NaN within the prompt"
+        if handle.logits is None:
             return output
         rows = handle.inputs.sampled
         if self._group is not None and self._rank > 0:
@@ -210,6 +222,8 @@ class TorchRunner:
         self._inputs.append_sampled(rows, sampled.token_ids)
         token_ids, valid = torch.stack((sampled.token_ids, sampled.valid.long())).tolist()
         for i, row in enumerate(rows):
+            if row.request_id in output.errors:
+                continue
             if not valid[i]:
                 output.errors[row.request_id] = (
                     f"the model computed NaN or infinity for the token at position {row.position}"
@@ -234,6 +248,11 @@ class TorchRunner:
         for cache in self._kv_cache:
             blocks = cache.view(-1, self._tokens_per_block, self._kv_width)
             blocks.index_copy_(0, destinations, blocks.index_select(0, sources))
+
+
+def default_kv_bytes(info: ModelInfo) -> int:
+    """What the KV cache takes on a CPU unless told otherwise."""
+    return max(0, min(default_host_kv_bytes(), free_host_bytes() - info.workspace_bytes))
 
 
 def _part(num_computed_tokens: int, num_tokens: int) -> ScheduledRequest:

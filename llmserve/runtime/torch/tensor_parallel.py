@@ -119,6 +119,11 @@ class TensorParallelRunner:
 
     def available_kv_bytes(self) -> int:
         """On the CPU what it takes by default, for all ranks; on CUDA what the fullest GPU has."""
+        if self.info.device == "cpu":
+            # Imported late, as the runner is: the ranks are started before torch is.
+            from llmserve.runtime.torch.runner import default_kv_bytes
+
+            return default_kv_bytes(self.info)
         return min([self._runner.available_kv_bytes(), *self._other_kv_bytes])
 
     def allocate_kv_cache(self, num_blocks: tuple[int, ...]) -> None:
@@ -226,4 +231,9 @@ def _of_one_host(rank: ModelInfo, other_weights_bytes: Sequence[int]) -> ModelIn
         for group in rank.kv_groups
     )
     weights_bytes = rank.weights_bytes + sum(other_weights_bytes)
-    return replace(rank, kv_groups=tuple(groups), weights_bytes=weights_bytes)
+    return replace(
+        rank,
+        kv_groups=tuple(groups),
+        weights_bytes=weights_bytes,
+        workspace_bytes=rank.workspace_bytes * (1 + len(other_weights_bytes)),
+    )
