@@ -15,6 +15,7 @@ from llmserve.checkpoint.config import PretrainedConfig
 from llmserve.checkpoint.engine_dir import read_engine
 from llmserve.config import BuildConfig, CalibrationConfig, EngineConfig, KvCacheConfig
 from llmserve.convert.converter import convert
+from llmserve.core.sampling_params import SamplingParams
 from llmserve.engine.planning import MemoryPlan, plan_memory, remedies
 from llmserve.engine.process import ProcessEngine
 from llmserve.engine.sizing import EngineLimits, resolve_limits
@@ -134,6 +135,8 @@ def large_engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         num_key_value_heads=8,
         head_dim=128,
         vocab_size=32768,
+        # Of an embedding that is nothing else only the rows of tokens that occurred are resident.
+        tie_word_embeddings=True,
         max_position_embeddings=4096,
         **sizes,
     )
@@ -163,8 +166,14 @@ async def test_the_process_takes_what_was_planned(large_engine: Path) -> None:
         pool = engine.info.kv_cache_bytes
         assert pool == engine.info.kv_cache_tokens * planned.kv_bytes_per_token
         assert built.max_seq_len is not None
+        # Long enough that all are there at once, with all that a sampler does.
+        params = SamplingParams(
+            max_tokens=40, temperature=1.0, top_p=0.9, presence_penalty=0.5, logprobs=5, seed=0
+        )
         requests = [
-            make_request(i, prompt_length=built.max_seq_len - 12, max_tokens=12)
+            dataclasses.replace(
+                make_request(i, prompt_length=built.max_seq_len - 40), sampling_params=params
+            )
             for i in range(engine.info.kv_cache_tokens // built.max_seq_len)
         ]
         assert len(requests) == built.max_batch_size
