@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from llmserve.checkpoint.config_file import (
     artifact_kind,
     read_json_object,
 )
-from llmserve.checkpoint.decoder_tensors import LM_HEAD, layer_linears, plain_tensors
+from llmserve.checkpoint.decoder_tensors import layer_linears, plain_tensors, tied_without_lm_head
 from llmserve.checkpoint.engine_dir import rank_files, read_engine
 from llmserve.checkpoint.huggingface import HuggingFaceCheckpoint
 from llmserve.checkpoint.reader import RankReader
@@ -116,9 +115,7 @@ def describe(path: Path, settings: ConvertConfig | None = None) -> Description:
     else:
         config = PretrainedConfig.from_dict(read_json_object(path / CONFIG_FILE))
     entries = [entry for file in rank_files(path, config) for entry in _entries(file)]
-    if not any(entry.name == LM_HEAD for entry in entries):
-        # TensorRT-LLM's rule: without an lm_head, the embedding is it.
-        config = dataclasses.replace(config, share_embedding_table=True)
+    config = tied_without_lm_head(config, {entry.name for entry in entries})
     return Description(path=path, kind=kind, config=config, build=build, tensors=entries)
 
 

@@ -15,7 +15,7 @@ import torch
 from llmserve.checkpoint.companions import companions_bytes, copy_companions
 from llmserve.checkpoint.config import PretrainedConfig
 from llmserve.checkpoint.config_file import CONFIG_FILE, check_kind, read_json_object
-from llmserve.checkpoint.decoder_tensors import LM_HEAD
+from llmserve.checkpoint.decoder_tensors import tied_without_lm_head
 from llmserve.checkpoint.engine_dir import rank_file, rank_files, write_engine_config
 from llmserve.checkpoint.progress import Report, no_report
 from llmserve.checkpoint.reader import RankReader
@@ -68,9 +68,7 @@ def build(
     with ExitStack() as stack:
         paths = rank_files(checkpoint_dir, config)
         readers = [stack.enter_context(RankReader(path)) for path in paths]
-        if LM_HEAD not in readers[0].names():
-            # TensorRT-LLM's rule: without an lm_head, the embedding is it.
-            config = dataclasses.replace(config, share_embedding_table=True)
+        config = tied_without_lm_head(config, readers[0].names())
         specs = [rank_tensors(config, engine_tensors(config), rank) for rank in range(len(readers))]
         for rank, reader in enumerate(readers):
             _check_tensors(reader, config, rank)

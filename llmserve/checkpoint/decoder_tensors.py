@@ -7,6 +7,8 @@ Linear weights are (out, in), those of experts (experts, out, in). The trap in t
 
 from __future__ import annotations
 
+from collections.abc import Container
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -98,6 +100,11 @@ def plain_tensors(config: PretrainedConfig) -> dict[str, TensorSpec]:
     if not config.share_embedding_table:
         specs[LM_HEAD] = TensorSpec((config.vocab_size, hidden), dtype)
     return specs
+
+
+def tied_without_lm_head(config: PretrainedConfig, names: Container[str]) -> PretrainedConfig:
+    """Of what holds these tensors. TensorRT-LLM's rule: without an lm_head the embedding is it."""
+    return config if LM_HEAD in names else replace(config, share_embedding_table=True)
 
 
 def quantized_linear(config: PretrainedConfig, name: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from llmserve.checkpoint.config import PretrainedConfig
@@ -14,7 +14,7 @@ from llmserve.checkpoint.config_file import (
     artifact_kind,
     read_json_object,
 )
-from llmserve.checkpoint.decoder_tensors import LM_HEAD
+from llmserve.checkpoint.decoder_tensors import tied_without_lm_head
 from llmserve.checkpoint.engine_dir import rank_files, read_engine
 from llmserve.checkpoint.huggingface import HuggingFaceCheckpoint
 from llmserve.checkpoint.reader import RankReader
@@ -88,9 +88,7 @@ def open_artifact(path: Path) -> Iterator[Artifact]:
         else:
             config = PretrainedConfig.from_dict(read_json_object(path / CONFIG_FILE))
         readers = [stack.enter_context(RankReader(file)) for file in rank_files(path, config)]
-        if LM_HEAD not in readers[0].names():
-            # TensorRT-LLM's rule: without an lm_head, the embedding is it.
-            config = replace(config, share_embedding_table=True)
+        config = tied_without_lm_head(config, readers[0].names())
         in_one = single_rank(config)
         if kind == "engine" and config.tp_size > 1 and config.quantization.quant_algo == "W8A16":
             raise UnsupportedCheckpointError(
