@@ -25,14 +25,13 @@ from llmserve.config import EngineConfig
 from llmserve.core.request import FinishReason, Output, Request
 from llmserve.core.stats import EngineStats
 from llmserve.engine.admission import check_request
-from llmserve.engine.engine import Engine, EngineInfo, Health
+from llmserve.engine.engine import Health
+from llmserve.engine.lifecycle import EngineLifecycle
 from llmserve.engine.messages import Abort, Failed, Progress, Ready, Refused
 from llmserve.engine.runner_spec import RunnerSpec, TorchRunnerSpec
 from llmserve.engine.worker_process import WorkerProcess
 from llmserve.errors import (
     EngineDeadError,
-    EngineOverloadedError,
-    EngineShutdownError,
     InvalidRequestError,
     LlmserveError,
 )
@@ -88,7 +87,7 @@ class OutputStream(AsyncIterator[Output]):
                 self._loop.call_soon_threadsafe(self._leave)
 
 
-class ProcessEngine(Engine):
+class ProcessEngine(EngineLifecycle):
     """The native engine behind the ``Engine`` protocol. All methods belong to one event loop.
 
     Args:
@@ -104,52 +103,15 @@ class ProcessEngine(Engine):
         *,
         runner: RunnerSpec | None = None,
     ) -> None:
-        self._config = config or EngineConfig()
+        super().__init__(config)
         self._runner = runner or TorchRunnerSpec(str(engine_dir))
         # Open requests; None in place of a queue once nobody listens any more.
         self._queues: dict[str, _Queue | None] = {}
-        self._none_open = asyncio.Event()
-        self._none_open.set()
-        self._info: EngineInfo | None = None
         self._stats = EngineStats()
-        self._health = Health(False, "the engine has not been started")
-        self._heard_something = True  # from the worker, since the watchdog last looked
         self._worker: WorkerProcess | None = None  # set while it serves
-        self._starting: asyncio.Task[None] | None = None
         self._supervisor: asyncio.Task[None] | None = None
-        self._closing = False
-        self._shutdown_lock = asyncio.Lock()
 
     # --- the Engine protocol --------------------------------------------------------------------
-
-    @property
-    def info(self) -> EngineInfo:
-        """What the engine is; that of the last process while a new one is starting."""
-        if self._info is None:
-            raise EngineDeadError(self._health.reason)
-        return self._info
-
-    async def start(self) -> None:
-        """Start the process; return when its engine is loaded and warm.
-
-        Raises:
-            LlmserveError: What went wrong in there. The engine may not be started again.
-            EngineShutdownError: ``shutdown`` was called meanwhile.
-        """
-        if self._starting is not None or self._closing:
-            raise RuntimeError("an engine is started once")
-        self._health = Health(False, "the engine is loading")
-        self._starting = asyncio.create_task(self._start_first())
-        try:
-            await self._starting
-        except asyncio.CancelledError:
-            if self._closing:
-                raise EngineShutdownError("the engine was shut down while it was loading") from None
-            await self.shutdown()
-            raise
-        except Exception as error:
-            self._health = Health(False, f"the engine could not start: {error}")
-            raise
 
     def submit(self, request: Request) -> OutputStream:
         """Queue a request; see ``Engine.submit``. What only the process can tell (its queue has
@@ -161,10 +123,7 @@ class ProcessEngine(Engine):
             raise InvalidRequestError(f"request_id {request.request_id!r} is in use already")
         # The number running is a moment old; the process has the last word.
         queued = len(self._queues) - self._stats.num_running_requests
-        if queued >= self._config.max_queue_size:
-            raise EngineOverloadedError(
-                f"{queued} requests are waiting, the most that may; try again later"
-            )
+        self._check_queue(queued)
         worker.submit(request)  # first, for it may still refuse
         if not self._queues:
             self._heard_something = True  # the silence so far was idleness
@@ -182,10 +141,6 @@ class ProcessEngine(Engine):
     async def stats(self) -> EngineStats:
         """The latest snapshot: at most 0.1 s and one step old, and exact when idle."""
         return self._stats
-
-    async def health(self) -> Health:
-        """Whether the engine serves and makes progress."""
-        return self._health
 
     async def shutdown(self, *, drain_s: float = 0.0) -> None:
         """Refuse new requests, let open ones end for up to ``drain_s`` seconds, abort the rest and
@@ -210,10 +165,8 @@ class ProcessEngine(Engine):
     # --- requests -------------------------------------------------------------------------------
 
     def _serving_worker(self) -> WorkerProcess:
-        if self._closing:
-            raise EngineShutdownError(f"{self._health.reason}; it takes no new requests")
-        if self._worker is None:
-            raise EngineDeadError(self._health.reason)
+        self._check_serves(alive=self._worker is not None)
+        assert self._worker is not None
         return self._worker
 
     def _leave(self, request_id: str, queue: _Queue) -> None:
@@ -241,7 +194,7 @@ class ProcessEngine(Engine):
 
     # --- the process ----------------------------------------------------------------------------
 
-    async def _start_first(self) -> None:
+    async def _load(self) -> None:
         worker = await WorkerProcess.start(self._runner, self._config)
         self._enter_service(worker)
         self._supervisor = asyncio.create_task(self._supervise(worker))

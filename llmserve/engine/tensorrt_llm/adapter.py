@@ -30,7 +30,8 @@ from llmserve.core import admission
 from llmserve.core.request import FinishReason, Output, Request
 from llmserve.core.sampling_params import SamplingParams
 from llmserve.core.stats import EngineStats
-from llmserve.engine.engine import Engine, EngineInfo, Health
+from llmserve.engine.engine import EngineInfo, Health
+from llmserve.engine.lifecycle import EngineLifecycle
 from llmserve.engine.process import OutputStream
 from llmserve.engine.tensorrt_llm.answer import AnswerReader
 from llmserve.engine.tensorrt_llm.loading import LoadedLLM, load
@@ -41,8 +42,6 @@ from llmserve.engine.tensorrt_llm.thread import in_thread
 from llmserve.errors import (
     EngineDeadError,
     EngineError,
-    EngineOverloadedError,
-    EngineShutdownError,
     InvalidRequestError,
     LlmserveError,
 )
@@ -77,7 +76,7 @@ class _OpenRequest:
     task: asyncio.Task[None] | None = None
 
 
-class TensorRTLLMEngine(Engine):
+class TensorRTLLMEngine(EngineLifecycle):
     """TensorRT-LLM behind the ``Engine`` protocol. All methods belong to one event loop.
 
     Args:
@@ -94,58 +93,19 @@ class TensorRTLLMEngine(Engine):
         *,
         gather_generation_logits: bool = False,
     ) -> None:
+        super().__init__(config)
         self._directory = directory
-        self._config = config or EngineConfig()
         self._gather_generation_logits = gather_generation_logits
         self._open: dict[str, _OpenRequest] = {}
-        self._none_open = asyncio.Event()
-        self._none_open.set()
         self._some_open = asyncio.Event()
         self._statistics = StatisticsBook()
         self._loaded: LoadedLLM | None = None  # set while it serves
         self._llm: Any = None  # set until it has been shut down
-        self._info: EngineInfo | None = None
         self._max_prompt_tokens: int | None = None
-        self._health = Health(False, "the engine has not been started")
-        self._heard_something = True  # from the LLM, since the watchdog last looked
-        self._starting: asyncio.Task[None] | None = None
         self._background: list[asyncio.Task[None]] = []
         self._burial: asyncio.Task[None] | None = None
-        self._closing = False
-        self._shutdown_lock = asyncio.Lock()
 
     # --- the Engine protocol --------------------------------------------------------------------
-
-    @property
-    def info(self) -> EngineInfo:
-        """What the engine is; raises EngineDeadError before it has started."""
-        if self._info is None:
-            raise EngineDeadError(self._health.reason)
-        return self._info
-
-    async def start(self) -> None:
-        """Load the model and answer a first request with it.
-
-        Raises:
-            ConfigError: TensorRT-LLM is not installed or too old, or a setting cannot be honoured.
-            CheckpointError: The directory is nothing that the installed release runs.
-            EngineError: It did not load, or did not answer.
-            EngineShutdownError: ``shutdown`` was called meanwhile.
-        """
-        if self._starting is not None or self._closing:
-            raise RuntimeError("an engine is started once")
-        self._health = Health(False, "the engine is loading")
-        self._starting = asyncio.create_task(self._load())
-        try:
-            await self._starting
-        except asyncio.CancelledError:
-            if self._closing:
-                raise EngineShutdownError("the engine was shut down while it was loading") from None
-            await self.shutdown()
-            raise
-        except Exception as error:
-            self._health = Health(False, f"the engine could not start: {error}")
-            raise
 
     def submit(self, request: Request) -> OutputStream:
         """Queue a request; see ``Engine.submit``.
@@ -164,10 +124,7 @@ class TensorRTLLMEngine(Engine):
         if request.request_id in self._open:
             raise InvalidRequestError(f"request_id {request.request_id!r} is in use already")
         queued = len(self._open) - self.info.max_batch_size
-        if queued >= self._config.max_queue_size:
-            raise EngineOverloadedError(
-                f"{queued} requests are waiting, the most that may; try again later"
-            )
+        self._check_queue(queued)
         result = self._generate(loaded, request)
         queue: asyncio.Queue[Output | LlmserveError] = asyncio.Queue()
         entry = _OpenRequest(request, result, queue, AnswerReader(request))
@@ -188,10 +145,6 @@ class TensorRTLLMEngine(Engine):
     async def stats(self) -> EngineStats:
         """The latest snapshot: TensorRT-LLM's numbers are those of its last iteration."""
         return self._statistics.snapshot(len(self._open))
-
-    async def health(self) -> Health:
-        """Whether the engine serves and makes progress."""
-        return self._health
 
     async def shutdown(self, *, drain_s: float = 0.0) -> None:
         """Refuse new requests, let open ones end for up to ``drain_s`` seconds, abort the rest and
@@ -214,10 +167,8 @@ class TensorRTLLMEngine(Engine):
     # --- requests -------------------------------------------------------------------------------
 
     def _serving(self) -> LoadedLLM:
-        if self._closing:
-            raise EngineShutdownError(f"{self._health.reason}; it takes no new requests")
-        if self._loaded is None:
-            raise EngineDeadError(self._health.reason)
+        self._check_serves(alive=self._loaded is not None)
+        assert self._loaded is not None
         return self._loaded
 
     def _generate(self, loaded: LoadedLLM, request: Request) -> Any:
@@ -308,6 +259,13 @@ class TensorRTLLMEngine(Engine):
     # --- the LLM --------------------------------------------------------------------------------
 
     async def _load(self) -> None:
+        """Load the model and answer a first request with it.
+
+        Raises:
+            ConfigError: TensorRT-LLM is not installed or too old, or a setting cannot be honoured.
+            CheckpointError: The directory is nothing that the installed release runs.
+            EngineError: It did not load, or did not answer.
+        """
         begun_s = time.monotonic()
         release = required_release()
         model = read_model(self._directory, self._config, release)
