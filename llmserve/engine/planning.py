@@ -6,8 +6,9 @@ The numbers are those that the engine sizes itself by (``runtime/memory.py``, ``
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llmserve.checkpoint.config import ParallelMapping, PretrainedConfig
 from llmserve.checkpoint.quant_config import FP8_ROWWISE_EXCLUDE_MODULES, QuantConfig
@@ -50,8 +51,7 @@ class MemoryPlan:
     @property
     def kv_blocks(self) -> int:
         """Blocks that fit."""
-        used = self.process_bytes + self.weights_bytes + self.activation_bytes
-        return max(0, self.memory_bytes - used) // self._block_bytes
+        return max(0, self.memory_bytes - self._fixed_bytes) // self._block_bytes
 
     @property
     def kv_tokens(self) -> int:
@@ -61,8 +61,7 @@ class MemoryPlan:
     @property
     def full_requests(self) -> int:
         """Requests of max_seq_len tokens that fit at once."""
-        per_request = -(-self.limits.max_seq_len // self.limits.tokens_per_block)
-        return min(self.kv_blocks // per_request, self.limits.max_batch_size)
+        return min(self.kv_blocks // self._blocks_per_request, self.limits.max_batch_size)
 
     @property
     def fits(self) -> bool:
@@ -72,9 +71,16 @@ class MemoryPlan:
     @property
     def missing_bytes(self) -> int:
         """How much more memory one request of max_seq_len tokens needs; 0 if it fits."""
-        per_request = -(-self.limits.max_seq_len // self.limits.tokens_per_block)
-        used = self.process_bytes + self.weights_bytes + self.activation_bytes
-        return max(0, used + per_request * self._block_bytes - self.memory_bytes)
+        needed = self._fixed_bytes + self._blocks_per_request * self._block_bytes
+        return max(0, needed - self.memory_bytes)
+
+    @property
+    def _fixed_bytes(self) -> int:
+        return self.process_bytes + self.weights_bytes + self.activation_bytes
+
+    @property
+    def _blocks_per_request(self) -> int:
+        return -(-self.limits.max_seq_len // self.limits.tokens_per_block)
 
     @property
     def _block_bytes(self) -> int:
@@ -115,49 +121,64 @@ def remedies(
         can_quantize: Whether the formats of weights, and of K and V, can still be chosen.
         can_split: Whether the number of ranks can.
     """
-    found = []
-    for advice, other, limits in _changes(plan, config, can_quantize, can_split):
+
+    def fits(change: _Change) -> bool:
         try:
-            check_tp_size(other, other.tp_size)
+            check_tp_size(change.config, change.config.tp_size)
         except CheckpointError:
-            continue
-        if plan_memory(other, limits, plan.memory_bytes).fits:
-            found.append(advice)
-    return found
+            return False
+        return plan_memory(change.config, change.limits, plan.memory_bytes).fits
+
+    kinds = _changes(config, plan.limits, can_quantize, can_split)
+    first = (next(filter(fits, kind), None) for kind in kinds)
+    return [change.advice for change in first if change is not None]
+
+
+class _Change(NamedTuple):
+    """What is planned for instead, and how to ask for it."""
+
+    advice: str
+    config: PretrainedConfig
+    limits: EngineLimits
 
 
 def _changes(
-    plan: MemoryPlan, config: PretrainedConfig, can_quantize: bool, can_split: bool
-) -> Iterator[tuple[str, PretrainedConfig, EngineLimits]]:
-    limits = plan.limits
-    for tokens in _halves(limits.max_num_tokens, 256):
-        batch = min(limits.max_batch_size, tokens)
-        lower = dataclasses.replace(limits, max_num_tokens=tokens, max_batch_size=batch)
-        advice = f"--max-num-tokens {tokens} --max-batch-size {batch}"
-        if plan_memory(config, lower, plan.memory_bytes).fits:
-            yield advice, config, lower
-            break
-    for length in _halves(limits.max_seq_len, 512):
-        shorter = dataclasses.replace(limits, max_seq_len=length)
-        if plan_memory(config, shorter, plan.memory_bytes).fits:
-            yield f"--max-seq-len {length}", config, shorter
-            break
+    config: PretrainedConfig, limits: EngineLimits, can_quantize: bool, can_split: bool
+) -> Iterator[Iterable[_Change]]:
+    """Kinds of changes, each with the mildest first."""
+    yield (
+        _Change(
+            f"--max-num-tokens {tokens} --max-batch-size {min(limits.max_batch_size, tokens)}",
+            config,
+            dataclasses.replace(
+                limits,
+                max_num_tokens=tokens,
+                max_batch_size=min(limits.max_batch_size, tokens),
+            ),
+        )
+        for tokens in _halves(limits.max_num_tokens, 256)
+    )
+    yield (
+        _Change(f"--max-seq-len {length}", config, dataclasses.replace(limits, max_seq_len=length))
+        for length in _halves(limits.max_seq_len, 512)
+    )
     quantization = config.quantization
     if can_quantize and quantization.kv_cache_quant_algo is None:
         eight = dataclasses.replace(quantization, kv_cache_quant_algo="FP8")
-        yield "--kv-cache-dtype fp8", dataclasses.replace(config, quantization=eight), limits
+        other = dataclasses.replace(config, quantization=eight)
+        yield [_Change("--kv-cache-dtype fp8", other, limits)]
     if can_quantize and quantization.quant_algo is None:
         for name, algo in (
             ("w8a16", QuantConfig(quant_algo="W8A16")),
             ("fp8_rowwise", _FP8_ROWWISE),
         ):
-            yield f"--quant {name}", dataclasses.replace(config, quantization=algo), limits
-    if can_split:
-        for tp_size in (2, 4, 8):
-            if tp_size > config.tp_size:
-                mapping = ParallelMapping.tensor_parallel(tp_size)
-                split = dataclasses.replace(config, mapping=mapping, use_parallel_embedding=True)
-                yield f"--tp {tp_size} (so much memory for each rank)", split, limits
+            other = dataclasses.replace(config, quantization=algo)
+            yield [_Change(f"--quant {name}", other, limits)]
+    for tp_size in (2, 4, 8) if can_split else ():
+        if tp_size > config.tp_size:
+            mapping = ParallelMapping.tensor_parallel(tp_size)
+            other = dataclasses.replace(config, mapping=mapping, use_parallel_embedding=True)
+            yield [_Change(f"--tp {tp_size} (so much memory for each rank)", other, limits)]
 
 
 _FP8_ROWWISE = QuantConfig(
