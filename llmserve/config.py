@@ -73,18 +73,23 @@ class KvCacheConfig:
 
     Attributes:
         enable_block_reuse: Keep full blocks after their request ends and share them by prefix.
+        enable_partial_reuse: Copy the beginning of a block where no more of it than that matches.
         tokens_per_block: Tokens in one block; None takes the engine's (32 unless built otherwise).
         max_tokens: A cap in tokens; the smallest of all caps wins. None: no such cap.
         max_total_bytes: A cap in bytes over all layers. None on CPU: the smaller of 4 GiB and half
             of the memory that is free under the cgroup's limit; on CUDA the fraction alone counts.
+        memory_fraction: A cap as a share of the memory that is free after loading, on any device.
+            None: no such cap on a CPU, ``free_gpu_memory_fraction`` on CUDA.
         free_gpu_memory_fraction: Share of the free GPU memory after loading; not used on CPU.
-        dtype: Storage of K and V; only 'auto' (the model's dtype) for now.
+        dtype: Storage of K and V; only 'auto' (as the engine was built) can be asked for here.
     """
 
     enable_block_reuse: bool = True
+    enable_partial_reuse: bool = True
     tokens_per_block: int | None = None
     max_tokens: int | None = None
     max_total_bytes: int | None = None
+    memory_fraction: float | None = None
     free_gpu_memory_fraction: float = 0.9
     dtype: Literal["auto"] = "auto"
 
@@ -92,10 +97,10 @@ class KvCacheConfig:
         check_at_least("tokens_per_block", self.tokens_per_block, 1)
         check_at_least("max_tokens", self.max_tokens, 1)
         check_at_least("max_total_bytes", self.max_total_bytes, 1)
-        if not 0 < self.free_gpu_memory_fraction <= 1:
-            raise ConfigError(
-                f"free_gpu_memory_fraction is {self.free_gpu_memory_fraction}; it must be in (0, 1]"
-            )
+        for name in ("memory_fraction", "free_gpu_memory_fraction"):
+            share = getattr(self, name)
+            if share is not None and not 0 < share <= 1:
+                raise ConfigError(f"{name} is {share}; it must be in (0, 1]")
         check_choice("kv_cache_config.dtype", self.dtype, ("auto",))
 
 
@@ -121,6 +126,24 @@ class BuildConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NGramDecodingConfig:
+    """Speculative decoding by prompt lookup: what followed the last few tokens where they stood
+    before is guessed to follow again. TensorRT-LLM's names.
+
+    Attributes:
+        max_draft_len: Most tokens guessed at a time.
+        max_matching_ngram_size: Most last tokens that are looked up, the longest match wins.
+    """
+
+    max_draft_len: int = 8
+    max_matching_ngram_size: int = 4
+
+    def __post_init__(self) -> None:
+        check_at_least("max_draft_len", self.max_draft_len, 1)
+        check_at_least("max_matching_ngram_size", self.max_matching_ngram_size, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """What an engine is started with. None means: as the engine was built.
 
@@ -131,9 +154,14 @@ class EngineConfig:
         kv_cache: The paged KV cache.
         capacity_scheduler_policy: guaranteed_no_evict or max_utilization, as TensorRT-LLM has them.
         enable_chunked_prefill: Let a prompt be computed over several steps.
+        speculative: Guess tokens and verify several in a step; None: never. It changes no token
+            beyond what rounding in another batch shape does, and nothing under ``deterministic``.
+        deterministic: A request's tokens and logprobs are the same bits whatever runs beside it,
+            was reused or was paused. On a CPU alone.
         max_queue_size: Most requests that may wait; one more is refused as overload.
         threads: Compute threads, of all ranks together and at least one of each; None takes
-            OMP_NUM_THREADS where that is set, and the cores of the cgroup otherwise.
+            OMP_NUM_THREADS where that is set, and otherwise one for a small model and the cores of
+            the cgroup for a larger one, less one from four on.
         device: 'auto' takes CUDA where there is a GPU; of several ranks, rank r takes cuda:r.
         stall_timeout_s: Requests run and for so long no step ends, and on a CPU nothing is computed
             either: the engine counts as hung.
@@ -145,6 +173,8 @@ class EngineConfig:
     kv_cache: KvCacheConfig = field(default_factory=KvCacheConfig)
     capacity_scheduler_policy: CapacitySchedulerPolicy = "guaranteed_no_evict"
     enable_chunked_prefill: bool = True
+    speculative: NGramDecodingConfig | None = None
+    deterministic: bool = False
     max_queue_size: int = 4096
     threads: int | None = None
     device: str = "auto"

@@ -13,6 +13,7 @@ The tree::
     ├── BatchError                a batch job cannot start or go on: says what to do
     │   ├── BatchInputError       the jobs file: names line and field of each fault
     │   └── BatchJournalError     the record of finished answers cannot be used or written
+    ├── RequestTimeoutError       a request did not end within the timeout it came with
     └── EngineError               the engine's fault, never the client's
         ├── EngineOverloadedError        the queue is full: try again later
         ├── EngineDeadError              the engine process died or hangs; it is being restarted
@@ -51,6 +52,10 @@ class ContextLengthError(InvalidRequestError):
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message, param=param, code="context_length_exceeded")
+
+
+class RequestTimeoutError(LlmserveError):
+    """A request's own timeout has passed before its end."""
 
 
 class CheckpointError(LlmserveError):

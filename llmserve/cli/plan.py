@@ -120,7 +120,11 @@ def _print(plan: MemoryPlan, description: Description, advice: list[str]) -> Non
             plan.activation_bytes,
             f"a step of {limits.max_num_tokens:,} tokens and {limits.max_batch_size:,} requests",
         ),
-        ("KV cache", plan.kv_pool_bytes, f"{plan.kv_bytes_per_token:,} bytes a token, {kv}"),
+        (
+            "KV cache",
+            plan.kv_pool_bytes,
+            f"{plan.kv_bytes_per_token:,} bytes a token, {kv}{_windows(plan)}",
+        ),
     ]
     for name, num_bytes, note in rows:
         print(f"  {name:<12}{size(num_bytes):>12}  {note}".rstrip())
@@ -136,6 +140,14 @@ def _print(plan: MemoryPlan, description: Description, advice: list[str]) -> Non
     )
     for line in advice:
         print(f"  it would fit with {line}")
+
+
+def _windows(plan: MemoryPlan) -> str:
+    return "".join(
+        f"; {len(group.layers)} layers keep the last {group.window:,} tokens"
+        for group in plan.kv_groups
+        if group.window is not None
+    )
 
 
 def _object(plan: MemoryPlan) -> dict[str, object]:

@@ -7,7 +7,7 @@ a client hears at once.
 
 from __future__ import annotations
 
-from llmserve.core.request import Request
+from llmserve.core.request import MAX_PRIORITY, MAX_RETENTION_PRIORITY, Request
 from llmserve.errors import ContextLengthError, InvalidRequestError
 
 
@@ -34,13 +34,15 @@ def check_request(
 
     Raises:
         InvalidRequestError: The prompt is empty or has an id outside the vocabulary, the seed is
-            not drawn yet, or the priority is not 0.
+            not drawn yet, or a priority or the timeout is out of its range.
         ContextLengthError: The request can never fit.
     """
     prompt, params = request.prompt_token_ids, request.sampling_params
-    if request.priority != 0:
+    _check_range("priority", request.priority, -MAX_PRIORITY, MAX_PRIORITY)
+    _check_range("retention_priority", request.retention_priority, 0, MAX_RETENTION_PRIORITY)
+    if request.timeout_s is not None and not request.timeout_s > 0:
         raise InvalidRequestError(
-            f"priority is {request.priority}; only 0 is implemented", param="priority"
+            f"timeout is {request.timeout_s}; it must be > 0", param="timeout"
         )
     if params.seed is None and not params.greedy:
         raise InvalidRequestError("seed is None; it has to be drawn already", param="seed")
@@ -76,3 +78,10 @@ def check_request(
             f"The KV cache holds {max_kv_tokens} tokens, but {asked}", param="max_tokens"
         )
     return total
+
+
+def _check_range(param: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        raise InvalidRequestError(
+            f"{param} is {value}; it must be in [{least}, {most}]", param=param
+        )

@@ -1,109 +1,60 @@
-"""The blocks of one KV group: who holds each, and which ones can be found again by their content.
+"""The blocks of one KV group: who holds each, and which of those that nobody holds goes next.
 
-It owns reference counts, the free list and the reuse tree. It knows neither requests nor groups;
-``kv_cache_manager`` is its only user.
+It owns reference counts, the free list and the order of eviction. It knows neither tokens nor
+requests: what a block holds stands in ``prefix_tree``. ``kv_cache_manager`` is its only user.
 
 A block is in exactly one of three states::
 
-    free --allocate--> in use --release, registered------> idle (kept for reuse, ref count 0)
-      ^                  |  ^                               |    |
-      |                  |  +---------- acquire ------------+    |
-      +-- release, not registered ------+                        |
-      +<---------------------- evict, least recently used -------+
+    free --allocate--> in use --release, findable--> idle (kept for reuse, no holder)
+      ^                  |  ^                          |   |
+      |                  |  +--------- acquire --------+   |
+      +- release, not findable                             |
+      +<-------------------- forget -----------------------+
 
-The reuse tree holds full blocks alone, each under a key that chains it to its parent. Whoever holds
-a registered block holds its registered parent too, and releases a child before its parent. So idle
-blocks stand in the order of their last use with every child before its parent, and taking the
-oldest idle block always takes a leaf.
+Idle blocks go by retention priority, lower first, and among equals the least recently used first. A
+block that several requests use keeps the highest of their priorities.
 """
 
 from __future__ import annotations
 
-import struct
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from hashlib import blake2b
-
-KEY_BYTES = 16
-ROOT_KEY = bytes(KEY_BYTES)  # parent of every first block
-
-
-def block_key(parent_key: bytes, token_ids: Sequence[int], extras: tuple[str, ...] = ()) -> bytes:
-    """Digest of a full block and, through its parent, of everything before it.
-
-    It is the same in every process and on every machine, so it can be compared between engines.
-
-    Args:
-        parent_key: Key of the block before, ROOT_KEY for the first one.
-        token_ids: The block's tokens, each in [0, 2**32).
-        extras: Whatever else the KV depends on, or that keeps it apart (a cache salt).
-    """
-    digest = blake2b(parent_key, digest_size=KEY_BYTES)
-    digest.update(struct.pack(f"<{len(token_ids)}I", *token_ids))
-    for extra in extras:
-        data = extra.encode("utf-8", "surrogatepass")
-        digest.update(struct.pack("<Q", len(data)) + data)
-    return digest.digest()
-
-
-@dataclass(frozen=True, slots=True)
-class CachedBlock:
-    """A block of the reuse tree.
-
-    Attributes:
-        block_id: Where its KV lies.
-        parent_id: The registered block before it, or None for a first block.
-        key: ``block_key`` of what follows.
-        token_ids: Its tokens; compared on a hit, for two contents may share a key.
-        extras: As given to ``block_key``; compared as well.
-    """
-
-    block_id: int
-    parent_id: int | None
-    key: bytes
-    token_ids: tuple[int, ...]
-    extras: tuple[str, ...] = ()
+from collections.abc import Callable, Iterable
 
 
 class BlockPool:
-    """Allocation, sharing and reuse of ``num_blocks`` equal blocks, ids 0 to num_blocks - 1.
+    """Allocation and sharing of ``num_blocks`` equal blocks, ids 0 to num_blocks - 1.
 
     Args:
         num_blocks: Size of the pool.
-        on_stored: Called with each block that enters the reuse tree.
-        on_removed: Called with each block that leaves it.
+        evict: Called with the idle block that goes next, when no other is free; has to ``forget``
+            it.
     """
 
-    def __init__(
-        self,
-        num_blocks: int,
-        *,
-        on_stored: Callable[[CachedBlock], None] | None = None,
-        on_removed: Callable[[CachedBlock], None] | None = None,
-    ) -> None:
+    def __init__(self, num_blocks: int, evict: Callable[[int], None]) -> None:
         self.num_blocks = num_blocks
-        self._on_stored = on_stored
-        self._on_removed = on_removed
-        self._ref_counts = [0] * num_blocks
+        self.num_shared_blocks = 0
+        """Blocks with a holder that ``acquire`` d them."""
+        self.num_idle_blocks = 0
+        """Blocks that nobody holds, kept for reuse."""
+        self._evict = evict
+        self._num_holders = [0] * num_blocks
+        self._num_sharers = [0] * num_blocks  # holders that acquired it
         self._free = list(reversed(range(num_blocks)))  # a stack: low ids first, warm ones again
-        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._by_key: dict[bytes, CachedBlock] = {}
-        self._by_id: dict[int, CachedBlock] = {}
+        self._priorities: dict[int, int] = {}  # of the findable ones
+        self._idle: dict[int, OrderedDict[int, None]] = {}  # by priority, least recently used first
 
     @property
     def num_free_blocks(self) -> int:
         """Blocks that ``allocate`` can hand out, idle ones included."""
-        return len(self._free) + len(self._idle)
+        return len(self._free) + self.num_idle_blocks
 
-    @property
-    def num_idle_blocks(self) -> int:
-        """Blocks that nobody holds, kept for reuse."""
-        return len(self._idle)
+    def num_holders(self, block_id: int) -> int:
+        """How many block tables name this block; 0 for one that is free or idle."""
+        return self._num_holders[block_id]
 
-    def is_idle(self, block_id: int) -> bool:
-        """Whether acquiring this registered block makes one free block less."""
-        return block_id in self._idle
+    def is_shared(self, block_id: int) -> bool:
+        """Whether a holder acquired it."""
+        return self._num_sharers[block_id] > 0
 
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` blocks for writing, evicting idle ones where free ones run out.
@@ -113,87 +64,101 @@ class BlockPool:
         """
         if count > self.num_free_blocks:
             raise ValueError(f"{count} blocks asked for, {self.num_free_blocks} are free")
-        block_ids = []
-        for _ in range(count):
-            block_id = self._free.pop() if self._free else self._evict()
-            self._ref_counts[block_id] = 1
-            block_ids.append(block_id)
+        while len(self._free) < count:
+            self._evict(next(iter(self._idle[min(self._idle)])))
+        block_ids = [self._free.pop() for _ in range(count)]
+        for block_id in block_ids:
+            self._num_holders[block_id] = 1
         return block_ids
 
-    def acquire(self, block_ids: Sequence[int]) -> None:
-        """Share registered blocks that ``find`` returned, for reading."""
+    def acquire(self, block_ids: Iterable[int], priority: int) -> None:
+        """Share findable blocks, for reading."""
         for block_id in block_ids:
-            self._idle.pop(block_id, None)
-            self._ref_counts[block_id] += 1
+            if self._num_holders[block_id] == 0:
+                self._remove_idle(block_id)
+            if self._num_sharers[block_id] == 0:
+                self.num_shared_blocks += 1
+            self._num_holders[block_id] += 1
+            self._num_sharers[block_id] += 1
+            if priority > self._priorities[block_id]:
+                self._priorities[block_id] = priority
 
-    def release(self, block_ids: Sequence[int]) -> None:
-        """Give back a whole block table, in its order. Registered blocks stay findable."""
-        for block_id in reversed(block_ids):  # children before parents: the order of eviction
-            self._ref_counts[block_id] -= 1
-            if self._ref_counts[block_id] > 0:
-                continue
-            if block_id in self._by_id:
-                self._idle[block_id] = None
-            else:
-                self._free.append(block_id)
+    def release(self, block_ids: Iterable[int], *, acquired: bool = False) -> None:
+        """Give blocks back.
 
-    def find(
-        self, key: bytes, parent_id: int | None, token_ids: tuple[int, ...], extras: tuple[str, ...]
-    ) -> int | None:
-        """The registered block with this content after ``parent_id``, or None. Moves nothing."""
-        cached = self._by_key.get(key)
-        if cached is None or cached.parent_id != parent_id:
-            return None
-        return cached.block_id if (cached.token_ids, cached.extras) == (token_ids, extras) else None
-
-    def register(self, cached: CachedBlock) -> None:
-        """Enter a block in use, full and computed, into the reuse tree.
-
-        Nothing happens if its key is taken (two requests computed the same content side by side:
-        the second copy stays private and is freed with its request) or if its parent is such a
-        private copy (it would hang below a block that its holder does not hold).
+        Args:
+            block_ids: Children before their parents: what comes first is evicted first.
+            acquired: Whether the holder had them of ``acquire``, or of ``allocate``.
         """
-        orphan = cached.parent_id is not None and cached.parent_id not in self._by_id
-        if orphan or cached.key in self._by_key:
-            return
-        self._by_key[cached.key] = self._by_id[cached.block_id] = cached
-        if self._on_stored:
-            self._on_stored(cached)
+        for block_id in block_ids:
+            if acquired:
+                self._num_sharers[block_id] -= 1
+                if self._num_sharers[block_id] == 0:
+                    self.num_shared_blocks -= 1
+            self._num_holders[block_id] -= 1
+            if self._num_holders[block_id] == 0:
+                self._add_unused(block_id)
 
-    def _evict(self) -> int:
-        block_id, _ = self._idle.popitem(last=False)
-        cached = self._by_id.pop(block_id)
-        del self._by_key[cached.key]
-        if self._on_removed:
-            self._on_removed(cached)
-        return block_id
+    def _add_unused(self, block_id: int) -> None:
+        priority = self._priorities.get(block_id)
+        if priority is None:
+            self._free.append(block_id)
+        else:
+            self._idle.setdefault(priority, OrderedDict())[block_id] = None
+            self.num_idle_blocks += 1
 
-    def check_integrity(self, holders: Counter[int]) -> None:
+    def keep(self, block_id: int, priority: int) -> None:
+        """A block in use can be found from now on, and is idle after its last holder."""
+        self._priorities[block_id] = priority
+
+    def forget(self, block_id: int) -> int:
+        """A block cannot be found any more; if it is idle, it is free. Return its priority."""
+        if self._num_holders[block_id] == 0:
+            self._remove_idle(block_id)
+            self._free.append(block_id)
+        return self._priorities.pop(block_id)
+
+    def _remove_idle(self, block_id: int) -> None:
+        priority = self._priorities[block_id]
+        blocks = self._idle[priority]
+        del blocks[block_id]
+        if not blocks:
+            del self._idle[priority]
+        self.num_idle_blocks -= 1
+
+    def eviction_order(self) -> list[int]:
+        """Idle blocks, the next to go first."""
+        return [block_id for _, blocks in sorted(self._idle.items()) for block_id in blocks]
+
+    def check_integrity(
+        self, holders: Counter[int], sharers: Counter[int], findable: set[int]
+    ) -> None:
         """Check that no block is lost or in two places.
 
         Args:
             holders: How many block tables name each block.
+            sharers: How many of them acquired it.
+            findable: The blocks of the prefix tree.
 
         Raises:
             AssertionError: The pool's books are wrong.
         """
-        free, idle = set(self._free), set(self._idle)
-        used = {i for i, count in enumerate(self._ref_counts) if count > 0}
+        free, order = set(self._free), self.eviction_order()
+        idle = set(order)
+        used = {i for i, count in enumerate(self._num_holders) if count > 0}
         assert len(free) == len(self._free), "a block is twice in the free list"
+        assert len(idle) == len(order) == self.num_idle_blocks, "idle blocks are miscounted"
         assert len(free) + len(idle) + len(used) == self.num_blocks, "a block is lost or doubled"
         assert free | idle | used == set(range(self.num_blocks)), "a block has two states"
-        for block_id in range(self.num_blocks):
-            count = self._ref_counts[block_id]
-            assert count == holders[block_id], f"block {block_id}: {count} references"
-        assert set(self._by_id) >= idle, "an idle block cannot be found"
-        assert not free & set(self._by_id), "a free block can be found"
-        assert len(self._by_key) == len(self._by_id), "a key and its block have parted"
-        age = {block_id: position for position, block_id in enumerate(self._idle)}
-        for block_id, cached in self._by_id.items():
-            assert self._by_key[cached.key] is cached, f"block {block_id} is under a wrong key"
-            parent = cached.parent_id
-            if parent is not None:
-                assert parent in self._by_id, f"block {block_id} has lost its parent"
-                # In use counts as younger than any idle block.
-                younger = age.get(parent, self.num_blocks) >= age.get(block_id, self.num_blocks)
-                assert younger, f"block {parent} would be evicted before its child {block_id}"
+        for block_id, count in enumerate(self._num_holders):
+            assert count == holders[block_id], f"block {block_id}: {count} holders"
+        for block_id, count in enumerate(self._num_sharers):
+            assert count == sharers[block_id], f"block {block_id}: {count} sharers"
+        shared = sum(count > 0 for count in self._num_sharers)
+        assert shared == self.num_shared_blocks, "shared blocks are miscounted"
+        assert set(self._priorities) == findable, "a block is findable here or there alone"
+        assert idle <= findable, "an idle block cannot be found"
+        assert not free & findable, "a free block can be found"
+        for priority, blocks in self._idle.items():
+            assert blocks, f"priority {priority} has no blocks"
+            assert all(self._priorities[i] == priority for i in blocks), "a wrong priority"

@@ -6,9 +6,11 @@ the engine sees token ids alone.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from llmserve.errors import InvalidRequestError
 
@@ -28,12 +30,48 @@ def _as_tuple(stop: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GuidedDecodingParams:
+    """What the text of an answer must match. Exactly one field is set.
+
+    Attributes:
+        json: A JSON schema: its text, or the decoded schema.
+        regex: A regular expression that the whole answer matches.
+        grammar: A context-free grammar, in Lark's notation or as GBNF.
+        choice: The answer is one of these strings.
+        json_object: The answer is any JSON object.
+    """
+
+    json: str | None = None
+    regex: str | None = None
+    grammar: str | None = None
+    choice: tuple[str, ...] | None = None
+    json_object: bool = False
+
+    def __post_init__(self) -> None:
+        schema: Any = self.json
+        if schema is not None and not isinstance(schema, str):
+            object.__setattr__(self, "json", json.dumps(schema))
+        if self.choice is not None:
+            object.__setattr__(self, "choice", tuple(self.choice))
+        given = [
+            name
+            for name in ("json", "regex", "grammar", "choice", "json_object")
+            if getattr(self, name) not in (None, False)
+        ]
+        _check(len(given) == 1, "guided_decoding", given, "exactly one of its fields")
+        choices = ("any",) if self.choice is None else self.choice
+        _check(bool(choices) and all(choices), "choice", choices, "strings, none of them empty")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Sampling settings of one request. Greedy if temperature, top_p and top_k are all None, or
     temperature is 0, or top_k is 1, or top_p is 0: TensorRT-LLM's rule.
 
     Attributes:
         max_tokens: Most tokens to generate; None fills the context.
+        min_tokens: No end-of-sequence token and none of ``stop_token_ids`` is drawn before so many
+            tokens; a stop string that ends sooner is passed over.
         temperature: Divides the logits. None counts as 1 where something else asks for sampling.
         top_k: Keep the k likeliest tokens; 0 or None keeps all.
         top_p: Keep the smallest set of likeliest tokens whose probability reaches p.
@@ -44,8 +82,13 @@ class SamplingParams:
         presence_penalty: Subtracted once from the logit of each token in the answer so far;
             -1e6 to 1e6.
         frequency_penalty: Subtracted from it once per occurrence in the answer; -1e6 to 1e6.
+        logit_bias: Pairs of token id and what is added to its logit, -100 to 100, before penalties;
+            -100 all but bans a token. A mapping may be given.
         logprobs: None for none; k >= 0 for the sampled token's log-probability and the k likeliest.
             They are log-softmax in float32 of the model's logits, before penalties and temperature.
+        prompt_logprobs: The same for each token of the prompt but the first, given those before
+            it. Such a request does not read the prefix cache, which holds no logits.
+        guided_decoding: What the answer must match; None for anything.
         n: How many answers; each is a request of its own to the engine.
         stop: Strings that end the answer; cut from it unless include_stop_str_in_output.
         stop_token_ids: Tokens that end the answer besides the model's end-of-sequence tokens.
@@ -58,6 +101,7 @@ class SamplingParams:
     """
 
     max_tokens: int | None = 32
+    min_tokens: int = 0
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -66,7 +110,10 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    guided_decoding: GuidedDecodingParams | None = None
     n: int = 1
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -81,10 +128,17 @@ class SamplingParams:
         stop = _as_tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        bias: Any = self.logit_bias
+        bias = bias.items() if isinstance(bias, Mapping) else bias or ()
+        object.__setattr__(self, "logit_bias", tuple((int(t), float(b)) for t, b in bias))
         finite, most = math.isfinite, _MAX_PENALTY
         t, p, m = self.temperature, self.top_p, self.min_p
         _check(
             self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, ">= 1"
+        )
+        most_tokens = math.inf if self.max_tokens is None else self.max_tokens
+        _check(
+            0 <= self.min_tokens <= most_tokens, "min_tokens", self.min_tokens, "in [0, max_tokens]"
         )
         _check(t is None or (finite(t) and t >= 0), "temperature", t, ">= 0")
         _check(self.top_k is None or self.top_k >= 0, "top_k", self.top_k, ">= 0")
@@ -95,7 +149,12 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             _check(-most <= value <= most, name, value, f"in [-{most:g}, {most:g}]")
-        _check(self.logprobs is None or self.logprobs >= 0, "logprobs", self.logprobs, ">= 0")
+        for token_id, value in self.logit_bias:
+            _check(token_id >= 0, "logit_bias", token_id, "a token id, >= 0")
+            _check(-100 <= value <= 100, "logit_bias", value, "in [-100, 100]")
+        for name in ("logprobs", "prompt_logprobs"):
+            k = getattr(self, name)
+            _check(k is None or k >= 0, name, k, ">= 0")
         _check(self.n >= 1, "n", self.n, ">= 1")
         _check(all(stop), "stop", list(stop), "without empty strings")
         s = self.seed

@@ -28,11 +28,13 @@ class EngineInfo:
         max_num_tokens: Most tokens in one step.
         max_seq_len: Longest prompt plus answer, in tokens.
         tokens_per_block: Tokens of one KV block.
-        num_kv_blocks: Blocks in the pool.
+        num_kv_blocks: Blocks in the pool, over all KV groups.
         kv_cache_bytes: Bytes of the pool.
         weights_bytes: Resident weights.
         load_s: Seconds from start to ready.
         pid: The engine's process.
+        blocks_per_full_request: Most blocks, over all KV groups, that a request of max_seq_len
+            tokens holds; None: as many as its tokens fill, in one group without a window.
     """
 
     backend: str
@@ -49,17 +51,23 @@ class EngineInfo:
     weights_bytes: int
     load_s: float
     pid: int
+    blocks_per_full_request: int | None = None
 
     @property
     def kv_cache_tokens(self) -> int:
-        """Tokens the KV cache holds."""
-        return self.num_kv_blocks * self.tokens_per_block
+        """Tokens of requests of max_seq_len tokens that the KV cache holds at once. (Behind a
+        sliding window fewer than these need to be stored.)
+        """
+        blocks = -(-self.max_seq_len // self.tokens_per_block)
+        share = self.num_kv_blocks * blocks // (self.blocks_per_full_request or blocks)
+        return share * self.tokens_per_block
 
     @property
     def max_concurrent_full_requests(self) -> int:
         """Requests of max_seq_len tokens that fit the KV cache at once, at most max_batch_size."""
         blocks = -(-self.max_seq_len // self.tokens_per_block)
-        return min(self.num_kv_blocks // blocks, self.max_batch_size)
+        fitting = self.num_kv_blocks // (self.blocks_per_full_request or blocks)
+        return min(fitting, self.max_batch_size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,10 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
     """Leave now, whatever runs."""
 
 
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """Start has arrived, and loading begins: both ends are connected."""
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """Loaded and warm."""
 
@@ -99,8 +103,8 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
-    """What one step, or an abort, brought. ``stats`` is there a few times a second, and whenever
-    the engine has just become idle.
+    """What one step, an abort or a timeout brought. ``stats`` is there a few times a second while
+    steps end, and whenever the last open request has ended.
     """
 
     outputs: list[Output]
@@ -108,4 +112,4 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 
 
 ToWorker: TypeAlias = Start | Submit | Abort | Stop
-FromWorker: TypeAlias = Ready | Failed | Refused | Progress
+FromWorker: TypeAlias = Hello | Ready | Failed | Refused | Progress

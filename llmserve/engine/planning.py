@@ -8,17 +8,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import NamedTuple
 
 from llmserve.checkpoint.config import ParallelMapping, PretrainedConfig
 from llmserve.checkpoint.quant_config import FP8_ROWWISE_EXCLUDE_MODULES, QuantConfig
 from llmserve.checkpoint.sharding import check_tp_size
-from llmserve.engine.sizing import EngineLimits
+from llmserve.core.step import KVGroupSpec
+from llmserve.engine.sizing import EngineLimits, kv_bytes, request_blocks
 from llmserve.errors import CheckpointError
 from llmserve.runtime.memory import (
     PROCESS_BYTES,
     activation_bytes,
-    kv_bytes_per_token,
+    kv_groups,
     weights_bytes,
 )
 
@@ -32,7 +34,7 @@ class MemoryPlan:
         process_bytes: An interpreter with torch.
         weights_bytes: All weights.
         activation_bytes: The most that a step holds.
-        kv_bytes_per_token: K and V of one token.
+        kv_groups: The layers by the window that they see.
         limits: What was planned for.
     """
 
@@ -40,28 +42,39 @@ class MemoryPlan:
     process_bytes: int
     weights_bytes: int
     activation_bytes: int
-    kv_bytes_per_token: int
+    kv_groups: tuple[KVGroupSpec, ...]
     limits: EngineLimits
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """K and V of one token in all layers."""
+        block_bytes = sum(group.bytes_per_block for group in self.kv_groups)
+        return block_bytes // self.limits.tokens_per_block
 
     @property
     def kv_pool_bytes(self) -> int:
         """What is left for K and V, in whole blocks; 0 if there is nothing."""
-        return self.kv_blocks * self._block_bytes
+        return kv_bytes(self.kv_groups, self.kv_blocks)
 
     @property
-    def kv_blocks(self) -> int:
-        """Blocks that fit."""
-        return max(0, self.memory_bytes - self._fixed_bytes) // self._block_bytes
+    def kv_blocks(self) -> tuple[int, ...]:
+        """Blocks of each KV group that fit."""
+        pool_bytes = max(0, self.memory_bytes - self._fixed_bytes)
+        requests = Fraction(pool_bytes, self._request_bytes)
+        return tuple(int(requests * blocks) for blocks in self._request_blocks)
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens that fit, over all requests."""
-        return self.kv_blocks * self.limits.tokens_per_block
+        """Tokens that fit, of requests of max_seq_len tokens."""
+        size = self.limits.tokens_per_block
+        blocks = -(-self.limits.max_seq_len // size)
+        return sum(self.kv_blocks) * blocks // sum(self._request_blocks) * size
 
     @property
     def full_requests(self) -> int:
         """Requests of max_seq_len tokens that fit at once."""
-        return min(self.kv_blocks // self._blocks_per_request, self.limits.max_batch_size)
+        fitting = sum(self.kv_blocks) // sum(self._request_blocks)
+        return min(fitting, self.limits.max_batch_size)
 
     @property
     def fits(self) -> bool:
@@ -71,20 +84,19 @@ class MemoryPlan:
     @property
     def missing_bytes(self) -> int:
         """How much more memory one request of max_seq_len tokens needs; 0 if it fits."""
-        needed = self._fixed_bytes + self._blocks_per_request * self._block_bytes
-        return max(0, needed - self.memory_bytes)
+        return max(0, self._fixed_bytes + self._request_bytes - self.memory_bytes)
 
     @property
     def _fixed_bytes(self) -> int:
         return self.process_bytes + self.weights_bytes + self.activation_bytes
 
     @property
-    def _blocks_per_request(self) -> int:
-        return -(-self.limits.max_seq_len // self.limits.tokens_per_block)
+    def _request_blocks(self) -> tuple[int, ...]:
+        return request_blocks(self.kv_groups, self.limits)
 
     @property
-    def _block_bytes(self) -> int:
-        return self.kv_bytes_per_token * self.limits.tokens_per_block
+    def _request_bytes(self) -> int:
+        return kv_bytes(self.kv_groups, self._request_blocks)
 
 
 def plan_memory(config: PretrainedConfig, limits: EngineLimits, memory_bytes: int) -> MemoryPlan:
@@ -105,7 +117,7 @@ def plan_memory(config: PretrainedConfig, limits: EngineLimits, memory_bytes: in
             max_batch_size=limits.max_batch_size,
             max_seq_len=limits.max_seq_len,
         ),
-        kv_bytes_per_token=kv_bytes_per_token(config),
+        kv_groups=kv_groups(config, limits.tokens_per_block, limits.max_seq_len),
         limits=limits,
     )
 

@@ -27,7 +27,7 @@ from llmserve.core.stats import EngineStats
 from llmserve.engine.admission import check_request
 from llmserve.engine.engine import Health
 from llmserve.engine.lifecycle import EngineLifecycle
-from llmserve.engine.messages import Abort, Failed, Progress, Ready, Refused
+from llmserve.engine.messages import Abort, Failed, Hello, Progress, Ready, Refused
 from llmserve.engine.runner_spec import RunnerSpec, TorchRunnerSpec
 from llmserve.engine.worker_process import WorkerProcess
 from llmserve.errors import (
@@ -118,13 +118,14 @@ class ProcessEngine(EngineLifecycle):
         filled meanwhile) is raised from the stream instead.
         """
         worker = self._serving_worker()
+        message = worker.pack(request)  # first, for what follows trusts its types
         check_request(request, worker.info)
         if request.request_id in self._queues:
             raise InvalidRequestError(f"request_id {request.request_id!r} is in use already")
         # The number running is a moment old; the process has the last word.
         queued = len(self._queues) - self._stats.num_running_requests
         self._check_queue(queued)
-        worker.submit(request)  # first, for it may still refuse
+        worker.send_packed(message)
         if not self._queues:
             self._heard_something = True  # the silence so far was idleness
             self._none_open.clear()
@@ -262,11 +263,12 @@ class ProcessEngine(EngineLifecycle):
 
     async def _receive(self, worker: WorkerProcess) -> str:
         while True:
-            message = await worker.receive()
-            self._heard_something = True
-            match message:
+            match await worker.receive():
                 case Progress(outputs, stats):
                     if stats is not None:
+                        # Only a step that has ended is progress: who answers aborts need not be who
+                        # computes.
+                        self._heard_something |= stats.num_steps > self._stats.num_steps
                         self._stats = stats
                     for output in outputs:
                         self._put(output)
@@ -274,8 +276,8 @@ class ProcessEngine(EngineLifecycle):
                     self._end(request_id, error.to_exception())
                 case Failed(error):
                     return f"the engine failed: {error.message}"
-                case Ready():
-                    raise AssertionError("a worker is ready once")
+                case Hello() | Ready():
+                    raise AssertionError("a worker is started once")
 
     async def _wait_for_exit(self, worker: WorkerProcess) -> str:
         return f"the engine process {await worker.wait()}"
@@ -283,16 +285,18 @@ class ProcessEngine(EngineLifecycle):
     async def _watch(self, worker: WorkerProcess) -> str:
         """Return once requests have been open for ``stall_timeout_s`` without a sign of progress.
 
-        An engine on a CPU shows it by computing too: a step of many prompt tokens may take minutes.
-        (One that waits for a GPU may do so in a loop, so there it proves nothing.) Counts its own
-        ticks, so that this process's being stopped or busy is not held against the engine.
+        Steps that end are such signs, and on a CPU that something computes: a step of many prompt
+        tokens may take minutes. (Who waits for a GPU may do so in a loop, so there it proves
+        nothing.) Counts its own ticks, so that this process's being stopped or busy is not held
+        against the engine.
         """
         tick_s = min(1.0, self._config.stall_timeout_s / 4)
-        silent_s = cpu_s = 0.0
+        silent_s = compute_s = 0.0
         while silent_s < self._config.stall_timeout_s:
             await asyncio.sleep(tick_s)
-            before_s, cpu_s = cpu_s, worker.cpu_s()
-            computes = worker.info.device == "cpu" and cpu_s - before_s >= tick_s * _COMPUTING_SHARE
+            before_s, compute_s = compute_s, worker.compute_s()
+            share = (compute_s - before_s) / tick_s
+            computes = worker.info.device == "cpu" and share >= _COMPUTING_SHARE
             silent = bool(self._queues) and not (self._heard_something or computes)
             silent_s = silent_s + tick_s if silent else 0.0
             self._heard_something = False

@@ -11,8 +11,16 @@ import msgspec
 from llmserve.checkpoint.engine_dir import read_engine
 from llmserve.config import BuildConfig, EngineConfig
 from llmserve.engine.sizing import EngineLimits, resolve_limits
+from llmserve.engine.structured_output import StructuredOutput
 from llmserve.runtime.fake import FakeRunner
+from llmserve.runtime.idle import IdleRunner
 from llmserve.runtime.model_runner import ModelRunner
+
+# One thread serves the demo model's 5 MiB better than two (docs/log.md): its operations are over
+# before a second thread is awake. Where exactly that ends is not known.
+_SHARED_FROM_BYTES = 32 * 2**20
+# From so many cores on, one is left to the API process and to the engine's own bookkeeping.
+_MANY_CORES = 4
 
 
 class TorchRunnerSpec(msgspec.Struct, frozen=True, tag="torch"):
@@ -46,8 +54,22 @@ class TorchRunnerSpec(msgspec.Struct, frozen=True, tag="torch"):
             tokens_per_block=limits.tokens_per_block,
             device=config.device,
             threads=config.threads,
+            deterministic=config.deterministic,
         )
         return runner, limits
+
+    def structured_output(self) -> StructuredOutput | None:
+        """What compiles grammars for the engine's tokenizer; None if it was built without one."""
+        directory = Path(self.engine_dir)
+        config, _ = read_engine(directory)
+        return _structured_output(directory / "tokenizer.json", config.vocab_size)
+
+    def compute_threads(self, cores: int) -> int:
+        """How many threads the model is worth on so many cores."""
+        files = Path(self.engine_dir).glob("*.safetensors")
+        if sum(file.stat().st_size for file in files) < _SHARED_FROM_BYTES:
+            return 1
+        return cores - 1 if cores >= _MANY_CORES else cores
 
 
 class FakeRunnerSpec(msgspec.Struct, frozen=True, kw_only=True, tag="fake"):
@@ -61,6 +83,7 @@ class FakeRunnerSpec(msgspec.Struct, frozen=True, kw_only=True, tag="fake"):
         step_computes: Whether it computes for that time; otherwise it sleeps.
         fail_at_step: The step that raises.
         errors: By request id, the sentence with which that request fails.
+        tokenizer_file: A tokenizer.json for guided decoding; None: there is none.
     """
 
     build: BuildConfig
@@ -70,6 +93,7 @@ class FakeRunnerSpec(msgspec.Struct, frozen=True, kw_only=True, tag="fake"):
     step_computes: bool = False
     fail_at_step: int | None = None
     errors: dict[str, str] = {}
+    tokenizer_file: str | None = None
 
     def load(self, config: EngineConfig) -> tuple[ModelRunner, EngineLimits]:
         """Make the runner.
@@ -92,5 +116,54 @@ class FakeRunnerSpec(msgspec.Struct, frozen=True, kw_only=True, tag="fake"):
         )
         return runner, limits
 
+    def structured_output(self) -> StructuredOutput | None:
+        """What compiles grammars for ``tokenizer_file``."""
+        if self.tokenizer_file is None:
+            return None
+        return _structured_output(Path(self.tokenizer_file), self.vocab_size)
 
-RunnerSpec: TypeAlias = TorchRunnerSpec | FakeRunnerSpec
+    def compute_threads(self, cores: int) -> int:
+        """One: it shares nothing out."""
+        return 1
+
+
+class IdleRunnerSpec(msgspec.Struct, frozen=True, kw_only=True, tag="idle"):
+    """A runner that only waits, for measuring everything around it: see ``IdleRunner``.
+
+    Attributes:
+        build: Stands in for an engine's build_config; max_seq_len set.
+        vocab_size: Generated ids are in [0, vocab_size).
+        step_s: How long each step takes.
+    """
+
+    build: BuildConfig
+    vocab_size: int = 2**30
+    step_s: float = 0.0
+
+    def load(self, config: EngineConfig) -> tuple[ModelRunner, EngineLimits]:
+        """Make the runner.
+
+        Raises:
+            ConfigError: ``config`` asks for more than ``build`` grants.
+        """
+        limits = resolve_limits(config, self.build)
+        runner = IdleRunner(
+            max_seq_len=limits.max_seq_len, vocab_size=self.vocab_size, step_s=self.step_s
+        )
+        return runner, limits
+
+    def structured_output(self) -> None:
+        """It has no tokenizer."""
+
+    def compute_threads(self, cores: int) -> int:
+        """One: it computes nothing."""
+        return 1
+
+
+def _structured_output(tokenizer_file: Path, vocab_size: int) -> StructuredOutput | None:
+    if not tokenizer_file.exists():
+        return None
+    return StructuredOutput(tokenizer_file, vocab_size)
+
+
+RunnerSpec: TypeAlias = TorchRunnerSpec | FakeRunnerSpec | IdleRunnerSpec

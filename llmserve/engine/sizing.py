@@ -6,10 +6,14 @@ Pure functions of numbers; they know no runner, no scheduler and no process.
 
 from __future__ import annotations
 
+import dataclasses
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from llmserve.config import BuildConfig, EngineConfig, KvCacheConfig
+from llmserve.core.kv_cache_manager import max_sequence_blocks
 from llmserve.core.step import KVGroupSpec
 from llmserve.errors import ConfigError
 
@@ -78,8 +82,9 @@ def kv_pool_bytes(
 ) -> int:
     """Bytes the KV pool may take.
 
-    On CPU ``max_total_bytes``, and by default what the runner says; on CUDA the configured fraction
-    of what is free there, and ``max_total_bytes`` if that is smaller.
+    On CPU ``max_total_bytes``, and by default what the runner says; on CUDA
+    ``free_gpu_memory_fraction`` of what is free there. ``memory_fraction`` takes the place of these
+    defaults on either, and where ``max_total_bytes`` is smaller, that counts.
 
     Args:
         config: The cache's settings.
@@ -91,26 +96,48 @@ def kv_pool_bytes(
     Raises:
         ConfigError: ``max_total_bytes`` is more than the host has.
     """
-    asked = config.max_total_bytes
+    asked, share = config.max_total_bytes, config.memory_fraction
     if device != "cpu":
-        granted = int(available_bytes * config.free_gpu_memory_fraction)
+        granted = int(available_bytes * (share or config.free_gpu_memory_fraction))
         return granted if asked is None else min(asked, granted)
     if asked is not None and asked > free_host_bytes:
         raise ConfigError(
             f"max_total_bytes of the KV cache (--kv-cache-memory) is {_size(asked)}; only "
             f"{_size(free_host_bytes)} of memory are free"
         )
+    if share is not None:
+        granted = int(free_host_bytes * share)
+        return granted if asked is None else min(asked, granted)
     return available_bytes if asked is None else asked
+
+
+def request_blocks(groups: Sequence[KVGroupSpec], limits: EngineLimits) -> tuple[int, ...]:
+    """Most blocks of each KV group that one request of max_seq_len tokens holds."""
+    return tuple(
+        max_sequence_blocks(
+            limits.max_seq_len,
+            group.window,
+            max_step_tokens=limits.max_num_tokens,
+            tokens_per_block=limits.tokens_per_block,
+        )
+        for group in groups
+    )
+
+
+def kv_bytes(groups: Sequence[KVGroupSpec], num_blocks: Sequence[int]) -> int:
+    """Bytes of so many blocks of each KV group."""
+    return sum(g.bytes_per_block * count for g, count in zip(groups, num_blocks, strict=True))
 
 
 def num_kv_blocks(
     groups: Sequence[KVGroupSpec], limits: EngineLimits, config: KvCacheConfig, pool_bytes: int
-) -> int:
-    """Blocks of the pool, the same number in every KV group.
+) -> tuple[int, ...]:
+    """Blocks of each KV group's pool, so that the same number of full requests fits every group.
 
-    The smallest of what ``pool_bytes`` holds, ``max_tokens``, and without block reuse what
-    ``max_batch_size`` requests of ``max_seq_len`` tokens fill: more could hold nothing but
-    prefixes of ended requests.
+    A full request has max_seq_len tokens; a group with a sliding window holds fewer of them, and
+    gets so many fewer blocks. There is room for the smallest number of what ``pool_bytes`` holds,
+    ``max_tokens``, and without block reuse ``max_batch_size``: more could hold nothing but prefixes
+    of ended requests.
 
     Args:
         groups: The model's KV groups, with bytes per block.
@@ -121,31 +148,47 @@ def num_kv_blocks(
     Raises:
         ConfigError: Not even one request of max_seq_len tokens would fit.
     """
-    block_bytes = sum(group.bytes_per_block for group in groups)
     size = limits.tokens_per_block
-    blocks_per_request = -(-limits.max_seq_len // size)
-    by_bytes = pool_bytes // block_bytes
-    by_tokens = by_bytes if config.max_tokens is None else config.max_tokens // size
-    blocks = min(by_bytes, by_tokens)
-    if blocks >= blocks_per_request:
-        most = limits.max_batch_size * blocks_per_request
-        return blocks if config.enable_block_reuse else min(blocks, most)
-    if by_tokens < by_bytes:
-        cause, remedy = (
-            f"max_tokens of {config.max_tokens}",
-            f"raise max_tokens to at least {blocks_per_request * size}",
-        )
-    else:
-        cause, remedy = (
-            f"{_size(pool_bytes)} of memory",
-            "raise max_total_bytes (--kv-cache-memory) to at least "
-            f"{_size(blocks_per_request * block_bytes)}",
-        )
-    lower = f"lower max_seq_len to at most {blocks * size} or " if blocks else ""
-    raise ConfigError(
-        f"a KV cache with {cause} has {blocks} blocks of {size} tokens, but one request of "
-        f"max_seq_len {limits.max_seq_len} needs {blocks_per_request}; {lower}{remedy}"
+    per_request = request_blocks(groups, limits)
+    request_bytes = kv_bytes(groups, per_request)
+    # Full requests, as fractions: a group's last blocks may hold a part of one.
+    by_bytes = Fraction(pool_bytes, request_bytes)
+    by_tokens = (
+        by_bytes
+        if config.max_tokens is None
+        else Fraction(config.max_tokens // size, -(-limits.max_seq_len // size))
     )
+    requests = min(by_bytes, by_tokens)
+    if requests >= 1:
+        if not config.enable_block_reuse:
+            requests = min(requests, Fraction(limits.max_batch_size))
+        return tuple(int(requests * blocks) for blocks in per_request)
+    fitting = _longest_request(groups, limits, requests * request_bytes)
+    if by_tokens < by_bytes:
+        cause = f"max_tokens of {config.max_tokens}"
+        remedy = f"raise max_tokens to at least {-(-limits.max_seq_len // size) * size}"
+    else:
+        cause = f"{_size(pool_bytes)} of memory"
+        remedy = f"raise max_total_bytes (--kv-cache-memory) to at least {_size(request_bytes)}"
+    lower = f"lower max_seq_len to at most {fitting} or " if fitting else ""
+    raise ConfigError(
+        f"a KV cache with {cause} has room for {fitting} tokens of a request, in blocks of {size}, "
+        f"but max_seq_len is {limits.max_seq_len}; {lower}{remedy}"
+    )
+
+
+def _longest_request(
+    groups: Sequence[KVGroupSpec], limits: EngineLimits, pool_bytes: Fraction
+) -> int:
+    """Tokens of the longest request that fits, in whole blocks."""
+    size = limits.tokens_per_block
+
+    def takes(num_blocks: int) -> int:
+        shorter = dataclasses.replace(limits, max_seq_len=num_blocks * size)
+        return kv_bytes(groups, request_blocks(groups, shorter))
+
+    lengths = range(1, limits.max_seq_len // size + 1)
+    return bisect_right(lengths, int(pool_bytes), key=takes) * size
 
 
 def _size(num_bytes: int) -> str:

@@ -5,7 +5,8 @@ died is not started again, a new handle is.
 
 Two ZeroMQ sockets join the two: the parent pushes to the one that the child binds, the child to the
 one that the parent binds, so that neither side's first message has to wait for the other. Both
-sockets lie in a private directory, which is removed as soon as both ends are connected.
+sockets lie in a private directory, which is removed as soon as both ends are connected: before the
+model is loaded, so that a parent that is killed meanwhile leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -29,7 +30,16 @@ from llmserve.config import EngineConfig
 from llmserve.core.request import Request
 from llmserve.core.stats import EngineStats
 from llmserve.engine.engine import EngineInfo
-from llmserve.engine.messages import Failed, FromWorker, Ready, Start, Stop, Submit, ToWorker
+from llmserve.engine.messages import (
+    Failed,
+    FromWorker,
+    Hello,
+    Ready,
+    Start,
+    Stop,
+    Submit,
+    ToWorker,
+)
 from llmserve.engine.runner_spec import RunnerSpec
 from llmserve.errors import EngineDeadError, EngineError, InvalidRequestError
 from llmserve.runtime.host import available_cores
@@ -85,7 +95,7 @@ class WorkerProcess:
         worker = cls()
         try:
             begun_s = time.monotonic()
-            config = replace(config, threads=_threads(config.threads))
+            config = replace(config, threads=_threads(config.threads, runner))
             await worker._spawn(config.threads)
             worker.send(Start(runner=runner, config=config))
             ready = await worker._until_ready()
@@ -119,59 +129,68 @@ class WorkerProcess:
         )
 
     async def _until_ready(self) -> Ready:
-        received = asyncio.ensure_future(self.receive())
+        ready = asyncio.ensure_future(self._receive_ready())
         ended = asyncio.ensure_future(self.wait())
         try:
-            await asyncio.wait({received, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if not received.done():
+            await asyncio.wait({ready, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if not ready.done():
                 raise EngineDeadError(f"the engine process {ended.result()} while it was loading")
-            message = received.result()
+            return ready.result()
         finally:
-            received.cancel()
+            ready.cancel()
             ended.cancel()
+
+    async def _receive_ready(self) -> Ready:
+        message = await self.receive()
+        if isinstance(message, Hello):
+            # Connections outlive the names.
+            self._remove_directory()
+            message = await self.receive()
         if isinstance(message, Failed):
             raise message.error.to_exception()
         assert isinstance(message, Ready)
-        # Both ends are connected, and connections outlive the names.
-        self._remove_directory()
         return message
 
-    def submit(self, request: Request) -> None:
-        """Queue a request; never blocks.
+    def pack(self, request: Request) -> bytes:
+        """A request as the message that submits it, for ``send_packed``.
 
         Raises:
             InvalidRequestError: Something in it is of a wrong type or size. The process, which ends
                 at a message that it cannot read, never sees it.
         """
         try:
-            message = self._encoder.encode(Submit(request))
+            message: bytes = self._encoder.encode(Submit(request))
             self._submit_decoder.decode(message)
         except (msgspec.MsgspecError, TypeError, ValueError, OverflowError) as error:
             raise InvalidRequestError(
                 f"the request has a value of a wrong type or size: {error}"
             ) from error
-        if not self._outbox.closed:
-            self._outbox.send(message, zmq.NOBLOCK)
+        return message
 
     def send(self, message: ToWorker) -> None:
         """Queue a message; never blocks. One to a process that has died is lost."""
+        self.send_packed(self._encoder.encode(message))
+
+    def send_packed(self, message: bytes) -> None:
+        """Queue a message of ``pack``; otherwise as ``send``."""
         if not self._outbox.closed:
-            self._outbox.send(self._encoder.encode(message), zmq.NOBLOCK)
+            self._outbox.send(message, zmq.NOBLOCK)
 
     async def receive(self) -> FromWorker:
         """The next message. Waits for ever if the process has died."""
         message: FromWorker = self._decoder.decode(await self._inbox.recv())
         return message
 
-    def cpu_s(self) -> float:
-        """CPU time that the process has taken so far, in seconds; 0 where nothing tells it."""
+    def compute_s(self) -> float:
+        """CPU time, in seconds, that all of the process's threads but the main one have taken: the
+        model's, for the main thread computes nothing. 0 where nothing tells it.
+        """
         assert self._process is not None
+        process = Path(f"/proc/{self._process.pid}")
         try:
-            stat = Path(f"/proc/{self._process.pid}/stat").read_text()
+            return _cpu_s(process) - _cpu_s(process / "task" / process.name)
         except OSError:
             return 0.0
-        fields = stat.rpartition(")")[2].split()  # the name before them may hold anything
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system
 
     async def wait(self) -> str:
         """Wait for the process's end and say how it came, as in 'was killed by SIGKILL'."""
@@ -192,12 +211,19 @@ class WorkerProcess:
         await self.kill()
 
     async def kill(self) -> None:
-        """End the process at once and give back everything. Safe to call twice."""
+        """End the process at once and give back everything. Safe to call twice; whoever cancels
+        it waits for the end all the same.
+        """
         try:
             if self._process is not None:
                 if self._process.returncode is None:
                     self._process.kill()
-                await self._process.wait()
+                ended = asyncio.ensure_future(self._process.wait())
+                try:
+                    await asyncio.shield(ended)
+                except asyncio.CancelledError:
+                    await ended
+                    raise
         finally:
             self._inbox.close()
             self._outbox.close()
@@ -209,10 +235,18 @@ class WorkerProcess:
             shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def _threads(asked: int | None) -> int:
-    """Threads of the compute process: as asked, as OMP_NUM_THREADS says, or one per core."""
+def _cpu_s(directory: Path) -> float:
+    """User and system time of a process or a thread."""
+    # The name before the other fields may hold anything.
+    fields = (directory / "stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _threads(asked: int | None, runner: RunnerSpec) -> int:
+    """Threads that compute: as asked, as OMP_NUM_THREADS says, or as many as the model is worth."""
     inherited = os.environ.get("OMP_NUM_THREADS", "")
-    return asked or (int(inherited) if inherited.isdigit() else 0) or available_cores()
+    told = asked or (int(inherited) if inherited.isdigit() else 0)
+    return told or runner.compute_threads(available_cores())
 
 
 def _environment(threads: int | None) -> dict[str, str]:

@@ -11,6 +11,7 @@ import torch
 from llmserve.checkpoint.config import PretrainedConfig
 from llmserve.checkpoint.decoder_tensors import torch_dtype
 from llmserve.checkpoint.sharding import kv_heads_per_rank, padded_vocab_size
+from llmserve.core.step import KVGroupSpec
 from llmserve.quantization.layout import engine_tensors, rank_tensors
 
 # Resident bytes of an interpreter with torch, a loaded engine's books included: measured, with
@@ -35,13 +36,37 @@ def weights_bytes(config: PretrainedConfig) -> int:
     return sum(spec.nbytes for spec in tensors.values())
 
 
-def kv_bytes_per_token(config: PretrainedConfig) -> int:
-    """K and V of a token in all layers."""
+def kv_groups(
+    config: PretrainedConfig, tokens_per_block: int, max_seq_len: int
+) -> tuple[KVGroupSpec, ...]:
+    """The layers by the window that they see, in the order of each group's first layer.
+
+    A window that no sequence outgrows is none: most models have one group, and so has one with
+    layers of both kinds while its sequences are short.
+
+    Args:
+        config: Of the engine.
+        tokens_per_block: Tokens of one block, the same in every group.
+        max_seq_len: Longest prompt plus answer, in tokens.
+    """
+    layers: dict[int | None, list[int]] = {}
+    for layer in range(config.num_hidden_layers):
+        window = config.window(layer)
+        seen = None if window is None or window >= max_seq_len else window
+        layers.setdefault(seen, []).append(layer)
+    block_bytes = _layer_kv_bytes(config) * tokens_per_block
+    return tuple(
+        KVGroupSpec(layers=tuple(group), window=window, bytes_per_block=len(group) * block_bytes)
+        for window, group in layers.items()
+    )
+
+
+def _layer_kv_bytes(config: PretrainedConfig) -> int:
+    """K and V of a token in one layer."""
     itemsize = torch_dtype(config.dtype).itemsize
     if config.quantization.kv_cache_quant_algo is not None:
         itemsize = 1
-    width = 2 * kv_heads_per_rank(config) * config.head_size
-    return width * itemsize * config.num_hidden_layers
+    return 2 * kv_heads_per_rank(config) * config.head_size * itemsize
 
 
 def activation_bytes(

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from llmserve.core.step import KVGroupSpec, ModelRunnerOutput, SchedulerOutput
+
+TokenMasks: TypeAlias = Mapping[str, npt.NDArray[np.int32]]
+"""Which tokens may be drawn, for some of the requests that sample in a step, by request id.
+
+int32 (ceil(vocab_size / 32),): bit i % 32 of word i // 32 says whether token i may be.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +46,9 @@ class ModelInfo:
 
 
 class ModelRunner(Protocol):
-    """Computes steps. Two calls, so that a step is prepared while another runs."""
+    """Computes steps, each with two calls: what a step may draw is known only when the step before
+    has ended, and is worked out while this one computes. ``engine/step_thread.py`` calls both.
+    """
 
     info: ModelInfo
 
@@ -57,11 +69,11 @@ class ModelRunner(Protocol):
         ...
 
     def launch(self, scheduler_output: SchedulerOutput) -> Any:
-        """Start a step and return a handle for ``finish``. At most one step is under way."""
+        """Start a step and return a handle for ``finish``. The step before has been finished."""
         ...
 
-    def finish(self, handle: Any, masks: Any = None) -> ModelRunnerOutput:
-        """Wait for a step, sample under ``masks`` (grammar bitmasks; None for now), return."""
+    def finish(self, handle: Any, masks: TokenMasks | None = None) -> ModelRunnerOutput:
+        """Sample the step's tokens under ``masks``, wait for them and return them."""
         ...
 
     def shutdown(self) -> None:

@@ -10,7 +10,11 @@ from tests.core.factories import create_loop, create_request, create_requests, c
         ({}, {"prompt": []}, "prompt", "empty"),
         ({}, {"prompt": [1, -1]}, "prompt", "-1"),
         ({}, {"prompt": [2**32]}, "prompt", "4294967296 is not in the vocabulary"),
-        ({}, {"prompt": [1], "priority": 1}, "priority", "priority is 1"),
+        ({}, {"prompt": [1], "priority": 101}, "priority", "priority is 101"),
+        ({}, {"prompt": [1], "priority": -101}, "priority", "priority is -101"),
+        ({}, {"prompt": [1], "retention_priority": 101}, "retention_priority", "is 101"),
+        ({}, {"prompt": [1], "timeout_s": 0.0}, "timeout", "timeout is 0"),
+        ({}, {"prompt": [1], "timeout_s": float("nan")}, "timeout", "timeout is nan"),
     ],
 )
 def test_refuses_malformed_requests(settings, request_settings, param, words):

@@ -20,10 +20,11 @@ def messages():
     yield ModelRunnerOutput(token_ids={"a": [1]}, logprobs={"a": [LOGPROBS]}, errors={"b": "c"})
     yield Output(
         request_id="a",
-        token_ids=(1,),
-        logprobs=(LOGPROBS,),
+        token_ids=[1],
+        logprobs=[LOGPROBS],
         finish_reason=FinishReason.STOP,
         stop_reason=1,
+        prompt_logprobs=[LOGPROBS],
     )
     yield loop.scheduler.snapshot()
 

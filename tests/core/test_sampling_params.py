@@ -1,6 +1,6 @@
 import pytest
 
-from llmserve.core.sampling_params import SamplingParams
+from llmserve.core.sampling_params import GuidedDecodingParams, SamplingParams
 from llmserve.errors import InvalidRequestError
 
 
@@ -23,7 +23,13 @@ from llmserve.errors import InvalidRequestError
         ("presence_penalty", 1e39),
         ("frequency_penalty", -1e39),
         ("frequency_penalty", float("nan")),
+        ("min_tokens", -1),
+        ("min_tokens", 33),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {1: 100.5}),
+        ("logit_bias", {1: float("nan")}),
         ("logprobs", -1),
+        ("prompt_logprobs", -1),
         ("n", 0),
         ("stop", ""),
         ("stop", ["a", ""]),
@@ -58,3 +64,19 @@ def test_greedy_is_tensorrt_llms_rule(settings, greedy):
 )
 def test_stop_may_be_one_string_a_list_or_none(stop, kept):
     assert SamplingParams(stop=stop).stop == kept
+
+
+def test_logit_bias_may_be_a_mapping():
+    assert SamplingParams(logit_bias={3: 1, 5: -2.5}).logit_bias == ((3, 1.0), (5, -2.5))
+
+
+def test_a_schema_may_be_given_decoded():
+    assert GuidedDecodingParams(json={"type": "null"}).json == '{"type": "null"}'
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"regex": "a", "json_object": True}, {"choice": ()}, {"choice": ("a", "")}]
+)
+def test_guided_decoding_is_one_thing(fields):
+    with pytest.raises(InvalidRequestError, match="it must be"):
+        GuidedDecodingParams(**fields)

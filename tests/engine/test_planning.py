@@ -18,8 +18,8 @@ from llmserve.convert.converter import convert
 from llmserve.core.sampling_params import SamplingParams
 from llmserve.engine.planning import MemoryPlan, plan_memory, remedies
 from llmserve.engine.process import ProcessEngine
-from llmserve.engine.sizing import EngineLimits, resolve_limits
-from llmserve.runtime.memory import kv_bytes_per_token, weights_bytes
+from llmserve.engine.sizing import EngineLimits, num_kv_blocks, resolve_limits
+from llmserve.runtime.memory import weights_bytes
 from tests.checkpoint.factories import pretrained_config
 from tests.engine.factories import drain, make_request
 from tests.models import make_llama, make_model
@@ -46,11 +46,26 @@ def test_k_and_v_of_a_token_by_hand() -> None:
     config = pretrained_config()
     by_hand = 2 * config.num_key_value_heads * config.head_size * config.num_hidden_layers
     assert config.dtype in ("float16", "bfloat16")
-    assert kv_bytes_per_token(config) == 2 * by_hand
+    assert plan(config).kv_bytes_per_token == 2 * by_hand
     eight_bit = dataclasses.replace(
         config, quantization=dataclasses.replace(config.quantization, kv_cache_quant_algo="INT8")
     )
-    assert kv_bytes_per_token(eight_bit) == by_hand
+    assert plan(eight_bit).kv_bytes_per_token == by_hand
+
+
+def test_windows_make_room_for_more_requests() -> None:
+    sizes = {"num_hidden_layers": 4, "max_position_embeddings": 4096}
+    limits = {"max_seq_len": 4096, "max_num_tokens": 256, "max_batch_size": 2048}
+    full = plan(pretrained_config(**sizes), **limits)
+    half = plan(pretrained_config(sliding_window=256, sliding_window_pattern=2, **sizes), **limits)
+    assert half.kv_bytes_per_token == full.kv_bytes_per_token
+    # 128 blocks of 32 tokens in the full layers; 256 + 256 tokens anywhere in the others: 17.
+    assert full.full_requests == full.kv_blocks[0] // 128
+    assert half.full_requests == half.kv_blocks[0] // 17 == half.kv_blocks[1] // 128
+    assert half.full_requests == pytest.approx(full.full_requests * 256 / (128 + 17), rel=0.01)
+    # The engine, given that pool, makes just these blocks of it.
+    made = num_kv_blocks(half.kv_groups, half.limits, KvCacheConfig(), half.kv_pool_bytes)
+    assert all(0 <= told - blocks <= 1 for told, blocks in zip(half.kv_blocks, made, strict=True))
 
 
 @pytest.mark.parametrize("quant", ["none", "w8a16", "fp8_rowwise"])

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,22 @@ async def test_abort_by_id(start_engine: StartEngine) -> None:
     await engine.abort("request-1")
     assert await all_blocks_free(engine)
     await generate(engine, make_request(1))  # the id is free again
+
+
+async def test_the_process_listens_while_a_step_runs(start_engine: StartEngine) -> None:
+    engine = await start_engine(EngineConfig(max_batch_size=1, max_queue_size=2), step_s=2.0)
+    begun_s = time.monotonic()
+    aborted = engine.submit(make_request(1))
+    late = engine.submit(replace(make_request(2), timeout_s=0.2))
+    await asyncio.sleep(0.1)
+    await engine.abort("request-1")
+    assert (await drain(aborted))[1] is FinishReason.ABORT
+    outputs = [output async for output in late]
+    assert [output.finish_reason for output in outputs] == [FinishReason.TIMEOUT]
+    assert outputs[0].error == "the request did not end within its timeout of 0.2 s"
+    assert time.monotonic() - begun_s < 1.5
+    assert (await engine.stats()).finished == {"abort": 1, "timeout": 1}
+    assert await all_blocks_free(engine)
 
 
 async def test_an_id_is_taken_until_its_request_has_ended(start_engine: StartEngine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import signal
@@ -98,6 +99,24 @@ async def test_a_hang(start_engine: StartEngine, how: str) -> None:
     assert not await is_ok(engine)
     await until(lambda: is_ok(engine))
     assert not psutil.pid_exists(first_pid)
+
+
+async def test_answering_is_no_progress(start_engine: StartEngine) -> None:
+    # What computes hangs; what talks to the parent does not.
+    engine = await start_engine(EngineConfig(stall_timeout_s=0.8), step_s=60.0)
+    stream = engine.submit(make_request(0))
+
+    async def come_and_go() -> None:
+        for i in range(1, 1000):
+            await engine.submit(make_request(i)).aclose()
+            await asyncio.sleep(0.02)
+
+    coming = asyncio.create_task(come_and_go())
+    with pytest.raises(EngineDeadError, match=r"made no progress for 0\.8 s"):
+        await asyncio.wait_for(drain(stream), 5)
+    coming.cancel()
+    with contextlib.suppress(asyncio.CancelledError, EngineDeadError):
+        await coming
 
 
 async def test_slow_is_not_hung(start_engine: StartEngine) -> None:
@@ -215,6 +234,30 @@ def test_a_process_whose_parent_died_too_early_ends(tmp_path: Path) -> None:
     somebody_else = str(os.getppid())
     command = [sys.executable, "-m", "llmserve.engine.worker", somebody_else, *endpoints]
     assert subprocess.run(command, timeout=5, check=False).returncode == 1
+
+
+LOADING_PARENT = """
+import asyncio
+from tests.engine.factories import make_engine
+
+asyncio.run(make_engine(load_s=60.0).start())
+"""
+
+
+def test_a_parent_that_is_killed_while_loading_leaves_no_sockets(sockets_root: Path) -> None:
+    env = dict(os.environ, TMPDIR=str(sockets_root))
+    with subprocess.Popen([sys.executable, "-c", LOADING_PARENT], env=env) as parent:
+        limit = time.monotonic() + 20
+        loading = False  # the engine has begun to load: its directory came and went
+        while not loading:
+            assert time.monotonic() < limit
+            time.sleep(0.01)
+            children = psutil.Process(parent.pid).children()
+            loading = bool(children) and children[0].num_threads() > 1
+            loading &= os.listdir(sockets_root) == []
+        parent.kill()
+    assert has_ended(children[0].pid)
+    assert os.listdir(sockets_root) == []
 
 
 PARENT = """

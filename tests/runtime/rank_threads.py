@@ -16,6 +16,7 @@ import torch
 
 from llmserve.checkpoint.engine_dir import read_engine
 from llmserve.core.step import ModelRunnerOutput, SchedulerOutput
+from llmserve.runtime.model_runner import TokenMasks
 from llmserve.runtime.torch.runner import TorchRunner
 from tests.runtime.torch_engines import MAX_SEQ_LEN
 
@@ -77,10 +78,9 @@ class RankThreads:
             for rank in range(size)
         ]
         for runner in self.ranks:
-            runner.allocate_kv_cache((num_blocks,))
+            runner.allocate_kv_cache((num_blocks,) * len(runner.info.kv_groups))
             for cache in runner._kv_cache:
-                if cache.is_floating_point():
-                    cache.fill_(float("nan") if cache.is_floating_point() else 127)
+                cache.fill_(float("nan") if cache.is_floating_point() else 127)
         self.info = self.ranks[0].info
 
     def each(self, act: Callable[..., _Result], *arguments: list[Any]) -> list[_Result]:
@@ -95,7 +95,8 @@ class RankThreads:
     def launch(self, step: SchedulerOutput) -> list[Any]:
         return self.each(lambda runner: runner.launch(step))
 
-    def finish(self, handles: list[Any], masks: object = None) -> ModelRunnerOutput:
-        first, *others = self.each(TorchRunner.finish, handles)
+    def finish(self, handles: list[Any], masks: TokenMasks | None = None) -> ModelRunnerOutput:
+        others_have_none = [None] * (len(self.ranks) - 1)
+        first, *others = self.each(TorchRunner.finish, handles, [masks, *others_have_none])
         assert all(other == ModelRunnerOutput() for other in others)
         return first

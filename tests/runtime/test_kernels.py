@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
@@ -11,8 +13,8 @@ from llmserve.runtime.torch.kernels import attention
 from llmserve.runtime.torch.kernels.attention import (
     AttentionPlan,
     AttentionScores,
-    AttentionView,
     DecodeBatch,
+    GatheredView,
     PrefillChunk,
     attention_reference,
     causal_mask,
@@ -142,14 +144,20 @@ class Paged:
         return attention_reference(flat, key, value, length - len(query), scores).flatten(1)
 
     def run(
-        self, fresh: list[tuple[int, int]], view: AttentionView, scores: AttentionScores
+        self,
+        fresh: list[tuple[int, int]],
+        scores: AttentionScores,
+        *,
+        decodes: Sequence[DecodeBatch] = (),
+        prefills: Sequence[PrefillChunk] = (),
     ) -> None:
         """Attend, ``fresh`` being (request, tokens of this step), and compare."""
         tokens = sum(n for _, n in fresh)
         # Large enough for softcaps to bend the scores.
         query = self.random(tokens, self.kv_heads, self.group, self.head_size) * 3
         slots = torch.cat([self.slots[r][-n:] for r, n in fresh]).to(self.device)
-        plan = AttentionPlan(slot_mapping=slots, views={scores.window: view})
+        view = GatheredView(slot_mapping=slots, decodes=decodes, prefills=prefills)
+        plan = AttentionPlan(views={scores.window: view})
         key_value = torch.cat([self.key_values[r][-n:] for r, n in fresh]).to(self.device)
         storage = PlainKvStorage(self.dtype)
         out = paged_attention(query.to(self.device), key_value, self.cache, plan, scores, storage)
@@ -194,8 +202,7 @@ def test_decode_attention_is_not_touched_by_what_others_left(
     for request, own in enumerate(seen):
         mask[request, ..., len(own) :] = float("-inf")
     batch = DecodeBatch(rows=slice(0, 3), kv_slots=slots.flatten().to(device), mask=mask.to(device))
-    view = AttentionView(decodes=[batch], prefills=[])
-    paged.run([(0, 1), (1, 1), (2, 1)], view, scores)
+    paged.run([(0, 1), (1, 1), (2, 1)], scores, decodes=[batch])
 
 
 @DTYPES
@@ -213,26 +220,20 @@ def test_mixed_batch(
     paged.store(0, 5)  # a decode
     paged.store(1, 4)  # a chunk of 7 behind 4; request 2 is a whole prompt
     before = min(4, (scores.window or 11) - 1)
-    view = AttentionView(
-        decodes=[
-            DecodeBatch(
-                rows=slice(0, 1),
-                kv_slots=paged.slots[0][-(scores.window or 6) :].to(device),
-                mask=None,
-            )
-        ],
-        prefills=[
-            PrefillChunk(
-                rows=slice(1, 8),
-                num_previous_tokens=before,
-                kv_slots=paged.slots[1][4 - before :].to(device),
-            ),
-            PrefillChunk(
-                rows=slice(8, 15), num_previous_tokens=0, kv_slots=paged.slots[2].to(device)
-            ),
-        ],
+    decode = DecodeBatch(
+        rows=slice(0, 1),
+        kv_slots=paged.slots[0][-(scores.window or 6) :].to(device),
+        mask=None,
     )
-    paged.run([(0, 1), (1, 7), (2, 7)], view, scores)
+    behind = PrefillChunk(
+        rows=slice(1, 8),
+        num_previous_tokens=before,
+        kv_slots=paged.slots[1][4 - before :].to(device),
+    )
+    whole = PrefillChunk(
+        rows=slice(8, 15), num_previous_tokens=0, kv_slots=paged.slots[2].to(device)
+    )
+    paged.run([(0, 1), (1, 7), (2, 7)], scores, decodes=[decode], prefills=[behind, whole])
 
 
 @pytest.mark.parametrize("max_scores", [1, 100, 1 << 20])
@@ -242,17 +243,18 @@ def test_softcapped_prefills_hold_few_scores_at_a_time(
     monkeypatch.setattr("llmserve.runtime.torch.kernels.attention.MAX_SCORES", max_scores)
     paged = Paged([30], torch.float32, "cpu")
     chunk = PrefillChunk(rows=slice(0, 30), num_previous_tokens=0, kv_slots=paged.slots[0])
-    view = AttentionView(decodes=[], prefills=[chunk])
-    paged.run([(0, 30)], view, AttentionScores(scale=0.3, softcap=1.0))
+    paged.run([(0, 30)], AttentionScores(scale=0.3, softcap=1.0), prefills=[chunk])
 
 
 def test_whole_sequences_plan() -> None:
     paged = Paged([5, 9], torch.float32, "cpu")
     plan = whole_sequences_plan([5, 9], (None, 4), torch.device("cpu"))
-    paged.slots = list(plan.slot_mapping.split([5, 9]))
     for window in (None, 4):
+        view = plan.views[window]
+        assert isinstance(view, GatheredView)
+        paged.slots = list(view.slot_mapping.split([5, 9]))
         scores = AttentionScores(scale=0.3, window=window)
-        paged.run([(0, 5), (1, 9)], plan.views[window], scores)
+        paged.run([(0, 5), (1, 9)], scores, prefills=view.prefills)
 
 
 def test_causal_mask() -> None:

@@ -13,8 +13,7 @@ from llmserve.build.native import build
 from llmserve.config import BuildConfig, CalibrationConfig
 from llmserve.convert.converter import convert
 from llmserve.core.sampling_params import SamplingParams
-from llmserve.core.step import NewRequest, ScheduledRequest, SchedulerOutput
-from llmserve.runtime.memory import activation_bytes
+from llmserve.core.step import NewRequest, ScheduledPrefill, SchedulerOutput
 from llmserve.runtime.torch.runner import TorchRunner
 from tests.models import VOCAB_SIZE, make_model
 from tests.runtime.torch_engines import open_runner
@@ -76,30 +75,32 @@ def test_a_step_takes_no_more_than_is_told(name: str, tmp_path: Path) -> None:
         )
         for i in range(requests)
     ]
-    runner.launch(SchedulerOutput(step_id=0, new_requests=new))
-    # Every request's last token at once, then one prompt whole.
-    decodes = [_part(i, length - 2, 1, blocks) for i in range(requests)]
-    prefill = [_part(0, 0, min(tokens, length - 2), 0)]
-    measured = max(_growth(runner, parts) for parts in (decodes, prefill))
-    told = activation_bytes(runner._config, **limits)
+    tables = {f"r{i}": (list(range(i * blocks, (i + 1) * blocks)),) for i in range(requests)}
+    groups = len(runner.info.kv_groups)
+    known = SchedulerOutput(
+        step_id=0,
+        new_requests=new,
+        new_block_ids={request_id: ids * groups for request_id, ids in tables.items()},
+        prefills=[_prefill(i, length - 2, 1) for i in range(requests)],
+    )
+    # The end of every prompt at once, then each one's newest token, then one prompt whole.
+    decodes = SchedulerOutput(step_id=1, decodes=list(tables))
+    prompt_alone = SchedulerOutput(step_id=2, prefills=[_prefill(0, 0, min(tokens, length - 2))])
+    measured = max(_growth(runner, step) for step in (known, decodes, prompt_alone))
+    told = runner.info.workspace_bytes  # ``activation_bytes`` of these limits
     assert measured <= told + SLACK, f"{measured / MIB:.0f} MiB, told {told / MIB:.0f}"
 
 
-def _part(request: int, start: int, count: int, blocks: int) -> ScheduledRequest:
-    return ScheduledRequest(
-        request_id=f"r{request}",
-        num_computed_tokens=start,
-        num_tokens=count,
-        new_block_ids=(list(range(request * blocks, (request + 1) * blocks)),),
-    )
+def _prefill(request: int, start: int, count: int) -> ScheduledPrefill:
+    return ScheduledPrefill(request_id=f"r{request}", num_computed_tokens=start, num_tokens=count)
 
 
-def _growth(runner: TorchRunner, parts: list[ScheduledRequest]) -> int:
+def _growth(runner: TorchRunner, step: SchedulerOutput) -> int:
     """Resident bytes at the peak of a step above those before it."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     before = _status("VmRSS")
-    runner.finish(runner.launch(SchedulerOutput(step_id=1, scheduled=parts)))
+    runner.finish(runner.launch(step))
     return _status("VmHWM") - before
 
 

@@ -16,7 +16,7 @@ from llmserve.checkpoint.quant_config import QuantConfig
 from llmserve.checkpoint.reader import RankReader
 from llmserve.checkpoint.tensor_spec import TensorSpec
 from llmserve.quantization import weight_format
-from llmserve.runtime.torch.decoder import Activation
+from llmserve.runtime.torch.kernels.elementwise import Activation
 from llmserve.runtime.torch.kernels.linear import PlainLinear
 from llmserve.runtime.torch.loading import DecoderLoader
 from llmserve.runtime.torch.moe import MixtureOfExperts, mixture_reference
@@ -43,7 +43,7 @@ def _mixture(
         return [PlainLinear(weight, None) for weight in weights]
 
     return MixtureOfExperts(
-        router=random(EXPERTS, HIDDEN).to(device),
+        router=PlainLinear(random(EXPERTS, HIDDEN).to(device), None),
         fc=linears(2 * FFN, HIDDEN),
         proj=linears(HIDDEN, FFN),
         top_k=top_k,

@@ -4,40 +4,100 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from transformers.generation import logits_process
 
 from llmserve.core.sampling_params import SamplingParams
+from llmserve.core.step import NewRequest
 from llmserve.runtime.torch import sampler
-from llmserve.runtime.torch.input_batch import SampledRow
-from llmserve.runtime.torch.sampler import Sampled, sample
+from llmserve.runtime.torch.sampler import ALL_BANNED, NOT_FINITE, RowMasks, Sampled, sample
+from llmserve.runtime.torch.sampling_table import SampledRows, SamplingTable
 
 VOCAB = 24
+# By slot: the tokens of two requests so far.
+BUFFER = torch.tensor([[3, 4, 5, 3, 7, 7, 1, 1], [0, 0, 0, 1, 2, 9, 9, 9]], dtype=torch.int32)
 
 
-def _row(position: int = 5, slot: int = 0, num_prompt: int = 3, **params: Any) -> SampledRow:
-    return SampledRow(
-        request_id=f"r{position}",
-        slot=slot,
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A request that samples the token at ``position`` after those in ``BUFFER``."""
+
+    position: int
+    slot: int
+    num_prompt: int
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...]
+
+
+def _row(
+    position: int = 5,
+    slot: int = 0,
+    num_prompt: int = 3,
+    eos_token_ids: tuple[int, ...] = (),
+    **params: Any,
+) -> Row:
+    settings = SamplingParams(**{"seed": 1, **params})
+    return Row(
         position=position,
-        num_prompt_tokens=num_prompt,
-        sampling_params=SamplingParams(**{"seed": 1, **params}),
-        sequence_index=0,
+        slot=slot,
+        num_prompt=num_prompt,
+        params=settings,
+        eos_token_ids=eos_token_ids,
     )
+
+
+def _rows(rows: list[Row], vocab: int = VOCAB) -> SampledRows:
+    table = SamplingTable(len(rows), vocab)
+    for slot, row in enumerate(rows):
+        new = NewRequest(
+            request_id=str(slot),
+            token_ids=[],
+            num_prompt_tokens=row.num_prompt,
+            sampling_params=row.params,
+            eos_token_ids=row.eos_token_ids,
+        )
+        table.learn(slot, new)
+    return table.rows(np.arange(len(rows)), np.array([row.position for row in rows]))
+
+
+def _buffer(rows: list[Row]) -> torch.Tensor:
+    return BUFFER[[row.slot for row in rows]]
+
+
+def _settings(params: list[SamplingParams]) -> npt.NDArray[Any]:
+    rows = [replace(_row(), params=replace(p, seed=1)) for p in params]
+    return _rows(rows).settings
 
 
 def _logits(rows: int = 1, vocab: int = VOCAB, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * 2
 
 
-BUFFER = torch.tensor([[3, 4, 5, 3, 7, 7, 1, 1], [0, 0, 0, 1, 2, 9, 9, 9]], dtype=torch.int32)
+def _sample(
+    logits: torch.Tensor, rows: list[Row], device: str = "cpu", masks: RowMasks | None = None
+) -> Sampled:
+    return sample(logits.to(device), _rows(rows), _buffer(rows).to(device), masks)
 
 
-def _sample(logits: torch.Tensor, rows: list[SampledRow], device: str = "cpu") -> Sampled:
-    return sample(logits.to(device), rows, BUFFER.to(device))
+def _adjusted(
+    logits: torch.Tensor, rows: list[Row], device: str = "cpu", masks: RowMasks | None = None
+) -> torch.Tensor:
+    buffer = _buffer(rows).to(device)
+    return sampler._adjusted(logits.to(device), _rows(rows), buffer, masks or {}).cpu()
+
+
+def _mask(*token_ids: int, vocab: int = VOCAB) -> npt.NDArray[np.int32]:
+    """A mask that lets these tokens through, written bit by bit."""
+    words = [0] * -(-vocab // 32)
+    for token in token_ids:
+        words[token // 32] |= 1 << token % 32
+    return np.array(words, dtype=np.uint32).view(np.int32)
 
 
 def _probabilities(logits: list[float], params: SamplingParams) -> list[float]:
@@ -80,7 +140,7 @@ def test_distribution_is_the_definitions(
     params, logits = SamplingParams(**settings), _logits(3)
     # A flat row, of which few tokens hold little.
     logits[2] *= 0.01
-    weights = sampler._filtered(logits.to(device), [params] * 3).double().cpu()
+    weights = sampler._filtered(logits.to(device), _settings([params] * 3)).double().cpu()
     actual = weights / weights.sum(-1, keepdim=True)
     for row in range(3):
         expected = torch.tensor(_probabilities(logits[row].tolist(), params), dtype=torch.float64)
@@ -112,7 +172,7 @@ def test_distribution_is_that_of_transformers(
     theirs = logits.clone()
     for name, args in processors:
         theirs = getattr(logits_process, name)(*args)(None, theirs)
-    weights = sampler._filtered(logits, [SamplingParams(**settings)] * 8)
+    weights = sampler._filtered(logits, _settings([SamplingParams(**settings)] * 8))
     ours = weights / weights.sum(-1, keepdim=True)
     assert torch.allclose(ours, theirs.softmax(-1), atol=1e-6)
 
@@ -120,9 +180,9 @@ def test_distribution_is_that_of_transformers(
 def test_settings_of_rows_do_not_mix() -> None:
     logits = _logits(len(SETTINGS))
     params = [SamplingParams(**settings) for settings in SETTINGS]
-    together = sampler._filtered(logits, params)
+    together = sampler._filtered(logits, _settings(params))
     for i, p in enumerate(params):
-        assert torch.equal(sampler._filtered(logits[i : i + 1], [p])[0], together[i])
+        assert torch.equal(sampler._filtered(logits[i : i + 1], _settings([p]))[0], together[i])
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:8], ids=str)
@@ -130,7 +190,7 @@ def test_draws_follow_the_distribution(settings: dict[str, Any]) -> None:
     draws, logits = 4000, _logits()
     rows = [_row(position=i, **settings) for i in range(draws)]
     counts = Counter(_sample(logits.expand(draws, -1), rows).token_ids.tolist())
-    expected = _probabilities(logits[0].tolist(), rows[0].sampling_params)
+    expected = _probabilities(logits[0].tolist(), rows[0].params)
     assert all(expected[token] > 0 for token in counts)
     # Rare tokens are counted together: a chi-square test wants at least five in every cell.
     cells = [(counts[t], p * draws) for t, p in enumerate(expected) if p * draws >= 5]
@@ -161,7 +221,7 @@ def test_rows_sampled_in_parts_are_those_sampled_together(monkeypatch: pytest.Mo
     monkeypatch.setattr("llmserve.runtime.torch.sampler.MAX_SAMPLED_LOGITS", 3 * VOCAB)
     parts = _sample(logits, rows)
     assert torch.equal(parts.token_ids, together.token_ids)
-    assert torch.equal(parts.valid, together.valid)
+    assert torch.equal(parts.faults, together.faults)
     assert parts.logprobs == together.logprobs
 
 
@@ -192,7 +252,7 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
     logits, theirs = _logits(), _logits()
     processor = logits_process.RepetitionPenaltyLogitsProcessor(1.7)
     theirs = processor(BUFFER[:1, :5].long(), theirs)
-    ours = sampler._penalized(logits, [_row(repetition_penalty=1.7)], BUFFER)
+    ours = _adjusted(logits, [_row(repetition_penalty=1.7)])
     assert torch.allclose(ours, theirs)
     assert torch.equal(logits, _logits())
 
@@ -209,7 +269,7 @@ def test_presence_and_frequency_count_the_answer_alone(device: str) -> None:
         expected[0, token] -= 0.5 + 2.0
     expected[2, 2] += 1.0
     expected[2, 9] += 2.0
-    actual = sampler._penalized(logits.to(device), rows, BUFFER.to(device)).cpu()
+    actual = _adjusted(logits, rows, device)
     assert torch.allclose(actual, expected)
 
 
@@ -218,6 +278,108 @@ def test_penalties_change_greedy_tokens() -> None:
     logits[0, 7], logits[0, 2] = 3.0, 2.5
     assert _sample(logits, [_row()]).token_ids.item() == 7
     assert _sample(logits, [_row(frequency_penalty=1.0)]).token_ids.item() == 2
+
+
+def test_logit_bias_is_added_before_penalties(device: str) -> None:
+    logits = _logits(3)
+    rows = [
+        _row(logit_bias={7: 4.0, 3: -100.0, VOCAB + 5: 100.0}),
+        _row(),
+        # Twice the same: both count.
+        _row(logit_bias=((7, 1.0), (7, 2.0)), repetition_penalty=2.0),
+    ]
+    expected = logits.clone()
+    expected[0, 7] += 4.0
+    expected[0, 3] -= 100.0
+    expected[2, 7] += 3.0
+    for token in (3, 4, 5, 7):
+        expected[2, token] *= 0.5 if expected[2, token] > 0 else 2.0
+    assert torch.allclose(_adjusted(logits, rows, device), expected)
+    assert torch.equal(logits, _logits(3))
+
+
+def test_logit_bias_moves_greedy_and_drawn_tokens() -> None:
+    rows = [_row(logit_bias={11: 100.0}), _row(logit_bias={12: 100.0}, temperature=1.0), _row()]
+    logits = _logits(3)
+    assert _sample(logits, rows).token_ids.tolist() == [11, 12, int(logits[2].argmax())]
+
+
+def test_min_tokens_bans_what_ends_the_answer_until_then(device: str) -> None:
+    # The prompt has 3 tokens: position 5 is the third of the answer.
+    common: dict[str, Any] = {"eos_token_ids": (2, VOCAB + 1), "stop_token_ids": (6, 9)}
+    rows = [
+        _row(position=5, min_tokens=3, **common),
+        _row(position=6, min_tokens=3, **common),
+        _row(position=3, min_tokens=1, **common),
+        _row(position=3, **common),
+        _row(position=3, min_tokens=1),
+    ]
+    banned = _adjusted(torch.zeros(5, VOCAB), rows, device).isinf()
+    ends = torch.zeros(VOCAB, dtype=torch.bool)
+    ends[[2, 6, 9]] = True
+    expected = torch.stack([ends, ends & False, ends, ends & False, ends & False])
+    assert torch.equal(banned, expected)
+
+
+@pytest.mark.parametrize("vocab", [VOCAB, 32, 33, 100])
+def test_masks_ban_all_tokens_but_theirs(vocab: int, device: str) -> None:
+    logits = _logits(4, vocab)
+    rows = [_row(position=i) for i in range(3)] + [_row(position=9, temperature=5.0, logprobs=0)]
+    # The sign bit of a word among them.
+    allowed = {1: [0, vocab - 1, min(31, vocab - 2)], 3: [5]}
+    masks = {row: _mask(*tokens, vocab=vocab) for row, tokens in allowed.items()}
+    buffer = _buffer(rows).to(device)
+    adjusted = sampler._adjusted(logits.to(device), _rows(rows, vocab), buffer, masks).cpu()
+    for row in range(4):
+        tokens = allowed.get(row, list(range(vocab)))
+        left = (~adjusted[row].isinf()).nonzero()[:, 0].tolist()
+        assert left == sorted(tokens)
+        assert torch.equal(adjusted[row, tokens], logits[row, tokens])
+    sampled = sample(logits.to(device), _rows(rows, vocab), buffer, masks)
+    assert int(sampled.token_ids[3]) == 5
+    # The log-probability is that of the model, not of what was left.
+    expected = float(logits[3].log_softmax(-1)[5])
+    assert sampled.logprobs[3].logprob == pytest.approx(expected, abs=1e-5)
+
+
+def test_masks_follow_their_rows_into_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmserve.runtime.torch.sampler.MAX_SAMPLED_LOGITS", 3 * VOCAB)
+    rows = [_row(position=i) for i in range(7)]
+    sampled = _sample(_logits(7), rows, masks={2: _mask(1), 3: _mask(2), 6: _mask(3)})
+    assert sampled.token_ids[[2, 3, 6]].tolist() == [1, 2, 3]
+
+
+def test_a_row_without_any_token_left_fails_alone(device: str) -> None:
+    logits = _logits(4)
+    logits[3, 1] = float("nan")
+    rows = [
+        _row(temperature=1.0, top_p=0.9),
+        _row(eos_token_ids=(6,), min_tokens=4, temperature=1.0),
+        _row(temperature=1.0),
+        _row(temperature=1.0),
+    ]
+    # min_tokens bans the only token that the mask allows.
+    sampled = _sample(logits, rows, device, {1: _mask(6), 2: _mask(), 3: _mask(1, 2)})
+    assert sampled.faults.tolist() == [0, ALL_BANNED, ALL_BANNED, NOT_FINITE]
+    assert all(0 <= token < VOCAB for token in sampled.token_ids.tolist())
+    alone = _sample(logits[:1], rows[:1], device)
+    assert sampled.token_ids[0] == alone.token_ids[0]
+
+
+def test_features_of_rows_do_not_mix(device: str) -> None:
+    rows = [
+        _row(temperature=1.0),
+        _row(logit_bias={4: 3.0}),
+        _row(frequency_penalty=1.0, position=7),
+        _row(min_tokens=9, eos_token_ids=(2,), temperature=2.0),
+        _row(),
+        _row(logit_bias={7: 3.0}, presence_penalty=2.0, min_tokens=9, eos_token_ids=(2, 3)),
+    ]
+    logits, masks = _logits(6), {0: _mask(1, 2), 5: _mask(*range(1, 20))}
+    together = _adjusted(logits, rows, device, masks)
+    for i, row in enumerate(rows):
+        own = {0: masks[i]} if i in masks else {}
+        assert torch.equal(_adjusted(logits[i : i + 1], [row], device, own)[0], together[i])
 
 
 def test_logprobs(device: str) -> None:
@@ -250,7 +412,7 @@ def test_a_broken_row_is_told_from_the_others(poison: float, device: str) -> Non
     intact = _sample(logits, rows, device)
     logits[1, 4] = poison
     sampled = _sample(logits, rows, device)
-    assert sampled.valid.tolist() == [True, False, True, True]
+    assert sampled.faults.tolist() == [0, NOT_FINITE, 0, 0]
     assert 0 <= int(sampled.token_ids[1]) < VOCAB
     for row in (0, 2, 3):
         assert sampled.token_ids[row] == intact.token_ids[row]
@@ -261,10 +423,33 @@ def test_minus_infinity_only_bans_a_token(temperature: float) -> None:
     logits = _logits(1)
     logits[0, 3] = float("-inf")
     sampled = _sample(logits, [_row(temperature=temperature)])
-    assert bool(sampled.valid.all())
-    assert sampler._filtered(logits, [SamplingParams(temperature=temperature)])[0, 3] == 0
+    assert not sampled.faults.any()
+    assert (
+        sampler._filtered(logits, _settings([SamplingParams(temperature=temperature)]))[0, 3] == 0
+    )
 
 
 def test_an_unresolved_seed_is_refused() -> None:
     with pytest.raises(ValueError, match="seed"):
         _sample(_logits(), [_row(temperature=1.0, seed=None)])
+
+
+def test_a_row_is_the_same_bits_in_any_batch() -> None:
+    # So large a vocabulary that the threads share one row's work, where they can.
+    vocab, threads = 50_001, torch.get_num_threads()
+    logits = _logits(6, vocab) * 3
+    rows = [_row(temperature=1.0 + i, top_p=0.9, logprobs=3, seed=i) for i in range(6)]
+    settings = _rows(rows, vocab).settings
+    torch.set_num_threads(2)
+    try:
+        weights = sampler._filtered(logits, settings)
+        sums = sampler._row_sums(logits.exp())
+        sampled = sample(logits, _rows(rows, vocab), _buffer(rows))
+        for i in range(6):
+            alone = logits[i : i + 1]
+            assert torch.equal(sampler._filtered(alone, settings[i : i + 1])[0], weights[i])
+            assert torch.equal(sampler._row_sums(alone.exp())[0], sums[i])
+            again = sample(alone, _rows(rows[i : i + 1], vocab), _buffer(rows[i : i + 1]))
+            assert again.logprobs[0] == sampled.logprobs[i]
+    finally:
+        torch.set_num_threads(threads)

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 import pytest
 import torch
@@ -29,15 +31,18 @@ from llmserve.quantization import weight_format
 from llmserve.quantization.unsharded import UnshardedTensors
 from llmserve.runtime.torch import load_runner
 from llmserve.runtime.torch.tensor_parallel import TensorParallelRunner, rank_devices
+from tests.core.factories import StandInSpeculator
 from tests.models import load_model, make_model
 from tests.processes import has_ended
 from tests.runtime.rank_threads import RankThreads
 from tests.runtime.torch_engines import (
     MAX_SEQ_LEN,
     Driver,
+    Guesser,
     make_engine,
     open_runner,
     prompt_logits,
+    tokens,
 )
 from tests.sharded import DictSource, shard_checkpoint
 
@@ -47,7 +52,11 @@ PROMPTS = [
 ]
 GREEDY = SamplingParams(max_tokens=16, seed=0)
 SAMPLED = SamplingParams(max_tokens=16, seed=7, temperature=1.0, top_p=0.95, logprobs=2)
-PARAMS = [GREEDY, SAMPLED, replace(SAMPLED, seed=8, frequency_penalty=0.5)]
+PARAMS = [
+    replace(GREEDY, logit_bias=((5, 2.0),)),
+    SAMPLED,
+    replace(SAMPLED, seed=8, frequency_penalty=0.5, min_tokens=9, stop_token_ids=tuple(range(90))),
+]
 
 # By name: the family, what differs from its model in tests.models, ranks, and whether they share
 # the embedding. Two K and V heads on four ranks are duplicated.
@@ -104,6 +113,48 @@ def test_ranks_compute_what_one_does(tmp_path: Path, model: str) -> None:
     assert (logits - exact).abs().max() <= 4 * (theirs - exact).abs().max()
     expected = Driver(open_runner(tmp_path / "engine")).generate(PROMPTS, PARAMS)
     assert Driver(ranks).generate(PROMPTS, PARAMS) == expected
+    _check_speculated(ranks, expected)
+
+
+def _check_speculated(runner: Any, expected: list[list[int]]) -> None:
+    """That every rank knows which guesses are accepted."""
+    driver = Driver(runner, speculator=StandInSpeculator(Guesser(PROMPTS, expected)))
+    assert driver.generate(PROMPTS, PARAMS) == expected
+    stats = driver.scheduler.snapshot()
+    assert 0 < stats.num_accepted_draft_tokens < stats.num_draft_tokens
+
+
+def test_ranks_tell_prompt_logprobs_and_heed_masks(tmp_path: Path) -> None:
+    ranks = RankThreads(make_ranks(tmp_path, 2, vocab_size=321))
+    params = SamplingParams(max_tokens=4, seed=0, prompt_logprobs=2)
+    alone, together = (
+        Driver(runner, max_num_tokens=16) for runner in (open_runner(tmp_path / "engine"), ranks)
+    )
+    found = []
+    for driver in (alone, together):
+        request_id = driver.submit(PROMPTS[0], params, constraint=Only(9))
+        outputs = driver.run()[request_id]
+        assert tokens(outputs) == [9] * 4
+        found.append(outputs[0].prompt_logprobs or ())
+    assert len(found[0]) == len(PROMPTS[0]) - 1
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.top_token_ids == theirs.top_token_ids
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+
+
+class Only:
+    """Lets a single token through."""
+
+    def __init__(self, token_id: int) -> None:
+        self._token_id = token_id
+
+    def accept(self, token_id: int) -> bool:
+        assert token_id == self._token_id
+        return False
+
+    def mask(self) -> npt.NDArray[np.int32]:
+        allowed = np.arange(352) == self._token_id
+        return np.packbits(allowed, bitorder="little").view(np.int32)
 
 
 def _as_plain(engine: Path, path: Path) -> Path:
@@ -186,11 +237,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def open_ranks(made: Path) -> Iterator[Callable[[int], TensorParallelRunner]]:
+def open_ranks(made: Path) -> Iterator[Callable[..., TensorParallelRunner]]:
     """Load the model on so many ranks, each in a process."""
     opened: list[TensorParallelRunner] = []
 
-    def open_(tp_size: int) -> TensorParallelRunner:
+    def open_(tp_size: int, *, deterministic: bool = False) -> TensorParallelRunner:
         runner = load_runner(
             made / f"engine{tp_size}",
             max_batch_size=16,
@@ -199,6 +250,7 @@ def open_ranks(made: Path) -> Iterator[Callable[[int], TensorParallelRunner]]:
             tokens_per_block=8,
             device="cpu",
             threads=1,
+            deterministic=deterministic,
         )
         assert isinstance(runner, TensorParallelRunner)
         opened.append(runner)
@@ -217,10 +269,12 @@ def _check_processes(made: Path, runner: TensorParallelRunner) -> None:
     assert runner.available_kv_bytes() == pytest.approx(alone.available_kv_bytes(), rel=0.2)
     runner.allocate_kv_cache((64,))
     runner.warm_up()
-    assert Driver(runner).generate(PROMPTS, PARAMS) == Driver(alone).generate(PROMPTS, PARAMS)
+    expected = Driver(alone).generate(PROMPTS, PARAMS)
+    assert Driver(runner, runs_ahead=True).generate(PROMPTS, PARAMS) == expected
+    _check_speculated(runner, expected)
 
 
-def test_two_processes(made: Path, open_ranks: Callable[[int], TensorParallelRunner]) -> None:
+def test_two_processes(made: Path, open_ranks: Callable[..., TensorParallelRunner]) -> None:
     runner = open_ranks(2)
     alone = open_runner(made / "engine").info
     files = [load_file(made / f"engine2/rank{rank}.safetensors").values() for rank in range(2)]
@@ -242,9 +296,18 @@ def test_two_processes(made: Path, open_ranks: Callable[[int], TensorParallelRun
         runner.launch(SchedulerOutput(step_id=0))
 
 
-@pytest.mark.full
-def test_four_processes(made: Path, open_ranks: Callable[[int], TensorParallelRunner]) -> None:
+@pytest.fixture(scope="module")
+def made_for_four(made: Path) -> Path:
+    """The model as an engine of four ranks besides, ``engine4``."""
     make_ranks(made, 4)
+    return made
+
+
+@pytest.mark.full
+def test_four_processes(
+    made_for_four: Path, open_ranks: Callable[..., TensorParallelRunner]
+) -> None:
+    made = made_for_four
     runner = open_ranks(4)
     # Each rank has one of the two K and V heads.
     (group,) = runner.info.kv_groups
@@ -254,6 +317,26 @@ def test_four_processes(made: Path, open_ranks: Callable[[int], TensorParallelRu
     os.kill(runner._others[1].pid, signal.SIGKILL)
     with pytest.raises(EngineError, match=r"^rank 2 of 4 was killed by SIGKILL$"):
         time.sleep(60)
+
+
+@pytest.mark.full
+@pytest.mark.usefixtures("made_for_four")
+def test_four_deterministic_processes(open_ranks: Callable[..., TensorParallelRunner]) -> None:
+    # Of four numbers the order decides the sum; the ring that gloo adds up along begins elsewhere
+    # for each part of a tensor.
+    runner = open_ranks(4, deterministic=True)
+    runner.allocate_kv_cache((64,))
+    params = replace(GREEDY, logprobs=2)
+
+    def answers(driver: Driver, prompts: list[list[int]]) -> list[Any]:
+        ids = [driver.submit(prompt, params) for prompt in prompts]
+        outputs = driver.run()
+        return [[(o.token_ids, o.logprobs) for o in outputs[i]] for i in ids]
+
+    alone = Driver(runner, enable_block_reuse=False)
+    expected = [answers(alone, [prompt])[0] for prompt in PROMPTS]
+    assert answers(Driver(runner, max_num_tokens=16), PROMPTS) == expected
+    assert answers(Driver(runner, runs_ahead=True), PROMPTS) == expected
 
 
 def test_a_rank_that_cannot_load(made: Path, tmp_path: Path) -> None:

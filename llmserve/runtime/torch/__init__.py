@@ -21,6 +21,7 @@ def load_runner(
     tokens_per_block: int,
     device: str = "auto",
     threads: int | None = None,
+    deterministic: bool = False,
 ) -> TorchRunner | TensorParallelRunner:
     """Load a native engine's weights; the KV cache comes later (``allocate_kv_cache``).
 
@@ -37,10 +38,12 @@ def load_runner(
             rank r takes cuda:r.
         threads: CPU threads of products, which ranks share; None leaves one rank torch's own
             choice, and several all cores.
+        deterministic: Compute each request's tokens to the bit alike, whatever runs beside it.
 
     Raises:
         CheckpointError: The directory is no native engine, or tensors are missing or left over.
-        ConfigError: There is no such device, or fewer GPUs than ranks.
+        ConfigError: There is no such device, or fewer GPUs than ranks, or it is none for
+            ``deterministic``, which CPUs alone can do.
         EngineError: A rank's process ended while it was loading.
     """
     config, _ = read_engine(engine_dir)
@@ -56,6 +59,7 @@ def load_runner(
             tokens_per_block=tokens_per_block,
             device=device,
             threads=threads,
+            deterministic=deterministic,
         )
     from llmserve.runtime.torch.runner import TorchRunner
 
@@ -67,4 +71,5 @@ def load_runner(
         tokens_per_block=tokens_per_block,
         device=device,
         threads=threads,
+        deterministic=deterministic,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from llmserve.runtime.torch.kernels.attention import (
     AttentionScores,
     paged_attention,
 )
+from llmserve.runtime.torch.kernels.elementwise import Activation, gated, softcapped
 from llmserve.runtime.torch.kernels.kv_storage import KvStorage
 from llmserve.runtime.torch.kernels.linear import Linear
 from llmserve.runtime.torch.kernels.norm import rms_norm
@@ -103,16 +104,6 @@ class Attention:
         """Bytes of all weights held."""
         linears = self.qkv.weights_bytes + self.dense.weights_bytes
         return linears + _nbytes(self.q_norm, self.k_norm)
-
-
-Activation = Literal["silu", "gelu_pytorch_tanh"]
-
-
-def gated(up_and_gate: torch.Tensor, activation: Activation) -> torch.Tensor:
-    """(tokens, 2 * ffn), up and then gate -> activation(gate) * up, (tokens, ffn)."""
-    up, gate = up_and_gate.chunk(2, -1)
-    gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-    return gate.mul_(up)
 
 
 class Mlp(Protocol):
@@ -287,9 +278,7 @@ class Head:
         if self.group is not None:
             logits = self.group.all_gather_last(logits)[:, : self.vocab_size]
         logits = logits.float()
-        if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap).mul_(self.softcap)
-        return logits
+        return logits if self.softcap is None else softcapped(logits, self.softcap)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,10 +31,15 @@ class DistributedGroup:
         rank: Of this process, from 0.
         size: Ranks in all.
         device: Of the tensors.
+        ordered: Add up in the order of the ranks. Otherwise where a number lies in its tensor may
+            decide the order, and so how the sum is rounded.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+    def __init__(
+        self, rank: int, size: int, device: torch.device, *, ordered: bool = False
+    ) -> None:
         self._rank, self._size, self._device = rank, size, device
+        self._ordered = ordered
         self._store: TCPStore | None = None
 
     def open(self) -> int:
@@ -83,17 +88,26 @@ class DistributedGroup:
 
     def all_reduce_(self, x: torch.Tensor) -> torch.Tensor:
         """Add up all ranks' ``x`` (one shape and dtype), in place; returns ``x``."""
+        if self._ordered:
+            first, *others = self._all_gather(x)
+            x.copy_(first)
+            for other in others:
+                x.add_(other)
+            return x
         with _collective():
             dist.all_reduce(x)
         return x
 
     def all_gather_last(self, x: torch.Tensor) -> torch.Tensor:
         """All ranks' ``x`` side by side in the last dimension, in the order of the ranks."""
+        return torch.cat(self._all_gather(x), dim=-1)
+
+    def _all_gather(self, x: torch.Tensor) -> list[torch.Tensor]:
         x = x.contiguous()
         parts = [torch.empty_like(x) for _ in range(self._size)]
         with _collective():
             dist.all_gather(parts, x)
-        return torch.cat(parts, dim=-1)
+        return parts
 
     def broadcast_(self, x: torch.Tensor) -> torch.Tensor:
         """Give every rank the values of rank 0's ``x``, in place; returns ``x``."""

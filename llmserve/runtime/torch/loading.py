@@ -25,7 +25,6 @@ from llmserve.errors import CheckpointError
 from llmserve.quantization import weight_format
 from llmserve.quantization.layout import engine_tensors, kv_cache_scale, rank_tensors
 from llmserve.runtime.torch.decoder import (
-    Activation,
     Attention,
     Decoder,
     DecoderLayer,
@@ -37,9 +36,11 @@ from llmserve.runtime.torch.decoder import (
 )
 from llmserve.runtime.torch.group import RankGroup, RowParallelLinear
 from llmserve.runtime.torch.kernels.attention import AttentionScores
+from llmserve.runtime.torch.kernels.batch_invariant import RowTiles
+from llmserve.runtime.torch.kernels.elementwise import Activation
 from llmserve.runtime.torch.kernels.int8_linear import int8_products_pay
 from llmserve.runtime.torch.kernels.kv_storage import make_kv_storage
-from llmserve.runtime.torch.kernels.linear import Linear, PlainLinear, make_linear, stack_linears
+from llmserve.runtime.torch.kernels.linear import Linear, make_linear, stack_linears
 from llmserve.runtime.torch.kernels.rotary import (
     RotaryTables,
     inverse_frequencies,
@@ -61,6 +62,7 @@ def load_decoder(
     device: torch.device,
     rank: int = 0,
     group: RankGroup | None = None,
+    deterministic: bool = False,
 ) -> Decoder:
     """Read the weights of a native engine, or of one of its ranks.
 
@@ -73,13 +75,21 @@ def load_decoder(
         device: Where to.
         rank: Whose.
         group: All ranks; needed where there are several.
+        deterministic: As for ``DecoderLoader``.
 
     Raises:
         CheckpointError: A tensor is missing, left over, or of another shape or dtype.
     """
     with RankReader(engine_dir / rank_file(rank)) as reader:
         try:
-            loader = DecoderLoader(reader, config, device=device, rank=rank, group=group)
+            loader = DecoderLoader(
+                reader,
+                config,
+                device=device,
+                rank=rank,
+                group=group,
+                deterministic=deterministic,
+            )
         except CheckpointError as error:
             raise CheckpointError(f"{reader.path}: {error}; build the engine again") from error
         decoder = loader.decoder(max_seq_len)
@@ -100,6 +110,7 @@ class DecoderLoader:
         device: Where the parts compute.
         rank: Whose tensors they are.
         group: All ranks; needed where there are several.
+        deterministic: Make every product batch-invariant; on the CPU alone.
 
     Raises:
         CheckpointError: A tensor is missing, left over, or of another shape or dtype.
@@ -113,11 +124,13 @@ class DecoderLoader:
         device: torch.device,
         rank: int = 0,
         group: RankGroup | None = None,
+        deterministic: bool = False,
     ) -> None:
         if (group is None) != (config.tp_size == 1):
             raise ValueError(f"a group of ranks belongs to tp_size > 1, not {config.tp_size}")
         self._source, self._config, self._device = source, config, device
         self._rank, self._group = rank, group
+        self._row_tiles = RowTiles() if deterministic else None
         specs = rank_tensors(config, engine_tensors(config), rank)
         bounds = config.quantization.clamp_val
         self._clamp = (bounds[0], bounds[1]) if bounds else None
@@ -173,7 +186,7 @@ class DecoderLoader:
                 weight = self._vocabulary_share(weight)
         return Head(
             norm=self._norm(FINAL_NORM),
-            linear=PlainLinear(weight, None),
+            linear=self._plain(weight),
             vocab_size=config.vocab_size,
             softcap=config.final_logit_softcapping,
             group=self._group,
@@ -242,7 +255,7 @@ class DecoderLoader:
         moe = self._config.moe
         assert moe is not None
         return MixtureOfExperts(
-            router=self._tensor(f"{prefix}.mlp.router.weight"),
+            router=self._plain(self._tensor(f"{prefix}.mlp.router.weight")),
             fc=self._each_expert(f"{prefix}.mlp.fc", moe.num_experts),
             proj=self._each_expert(f"{prefix}.mlp.proj", moe.num_experts),
             top_k=moe.top_k,
@@ -256,21 +269,43 @@ class DecoderLoader:
         return "gelu_pytorch_tanh" if self._config.hidden_act == "gelu_pytorch_tanh" else "silu"
 
     def _linear(self, name: str) -> Linear:
-        return make_linear(self._algo(name), self._stored(name), self._device, self._clamp)
+        return self._make(self._algo(name), self._stored(name))
+
+    def _plain(self, weight: torch.Tensor) -> Linear:
+        return self._make(None, {"weight": weight})
+
+    def _make(self, algo: str | None, stored: Stored) -> Linear:
+        linear = make_linear(algo, stored, self._device, self._clamp)
+        return self._invariant(linear, [algo], [stored])
+
+    def _invariant(
+        self, linear: Linear, algos: Sequence[str | None], stored: Sequence[Stored]
+    ) -> Linear:
+        if self._row_tiles is None:
+            return linear
+        weight = stored[0]["weight"]
+        # Routers take float32, whatever the model's dtype; so do their weights.
+        dtype = torch_dtype(self._config.dtype) if algos[0] is not None else weight.dtype
+        kind = (
+            *algos,
+            *((s, t.shape, t.dtype) for part in stored for s, t in sorted(part.items())),
+        )
+        return self._row_tiles.invariant(linear, kind, weight.shape[1], dtype)
 
     def _row_parallel(self, name: str) -> Linear:
         if self._group is None:
             return self._linear(name)
         stored = self._stored(name)
         bias = stored.pop("bias", None)
-        partial = make_linear(self._algo(name), stored, self._device, self._clamp)
+        partial = self._make(self._algo(name), stored)
         return RowParallelLinear(
             partial, None if bias is None else bias.to(self._device), self._group
         )
 
     def _stacked(self, *names: str) -> Linear:
         algos, stored = [self._algo(n) for n in names], [self._stored(n) for n in names]
-        return stack_linears(algos, stored, self._device, self._clamp)
+        linear = stack_linears(algos, stored, self._device, self._clamp)
+        return self._invariant(linear, algos, stored)
 
     def _each_expert(self, name: str, num_experts: int) -> Sequence[Linear]:
         algo, stored = self._algo(name), self._stored(name)
@@ -284,7 +319,7 @@ class DecoderLoader:
             {suffix: t if suffix in shared else t[e] for suffix, t in stored.items()}
             for e in range(num_experts)
         )
-        return [make_linear(algo, expert, self._device, self._clamp) for expert in experts]
+        return [self._make(algo, expert) for expert in experts]
 
     def _algo(self, linear: str) -> str | None:
         # Per linear, for exclude_modules may leave single ones of a quantised engine plain.

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
-from llmserve.runtime.torch.decoder import Activation, LinearMap, gated
+from llmserve.runtime.torch.decoder import LinearMap
 from llmserve.runtime.torch.group import RankGroup
+from llmserve.runtime.torch.kernels.elementwise import Activation, gated
 from llmserve.runtime.torch.kernels.linear import Linear
 
 
@@ -22,7 +22,7 @@ class MixtureOfExperts:
     """The experts of one layer and their router.
 
     Attributes:
-        router: float32 (experts, hidden).
+        router: hidden -> experts, in float32.
         fc: Of each expert, hidden -> 2 * ffn: up and then gate.
         proj: Of each expert, ffn -> hidden.
         top_k: Experts of a token.
@@ -31,7 +31,7 @@ class MixtureOfExperts:
         group: All ranks, where each has a share of every expert; else None.
     """
 
-    router: torch.Tensor
+    router: Linear
     fc: Sequence[Linear]
     proj: Sequence[Linear]
     top_k: int
@@ -65,7 +65,7 @@ class MixtureOfExperts:
         Returns:
             float32 weights (tokens, top_k), largest first, and the int64 experts they belong to.
         """
-        probabilities = F.linear(x.float(), self.router).softmax(-1)
+        probabilities = self.router(x.float()).softmax(-1)
         weights, experts = probabilities.topk(self.top_k, dim=-1)
         if self.renormalize:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -82,7 +82,9 @@ class MixtureOfExperts:
     @property
     def weights_bytes(self) -> int:
         """Bytes of all experts and the router."""
-        return self.router.nbytes + sum(part.weights_bytes for part in (*self.fc, *self.proj))
+        return self.router.weights_bytes + sum(
+            part.weights_bytes for part in (*self.fc, *self.proj)
+        )
 
 
 def mixture_reference(mixture: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:
@@ -97,7 +99,7 @@ def mixture_reference(mixture: MixtureOfExperts, x: torch.Tensor) -> torch.Tenso
     """
     y = torch.zeros(x.shape, dtype=torch.float64)
     for token, row in enumerate(x):
-        logits = mixture.router.double() @ row.double()
+        logits = mixture.router(row[None].float())[0].double()
         chosen = logits.softmax(0).sort(descending=True)
         weights = chosen.values[: mixture.top_k]
         if mixture.renormalize:

@@ -21,6 +21,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     Attributes:
         devices: Of the ranks, in order.
         threads: CPU threads of each.
+        deterministic: As for ``TorchRunner``.
     """
 
     engine_dir: str
@@ -30,6 +31,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tokens_per_block: int
     devices: tuple[str, ...]
     threads: int
+    deterministic: bool
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):

@@ -67,7 +67,8 @@ def make_group(load: Load, rank: int) -> DistributedGroup:
 
     from llmserve.runtime.torch.distributed_group import DistributedGroup
 
-    return DistributedGroup(rank, len(load.devices), torch.device(load.devices[rank]))
+    device = torch.device(load.devices[rank])
+    return DistributedGroup(rank, len(load.devices), device, ordered=load.deterministic)
 
 
 def load_rank(load: Load, rank: int, group: DistributedGroup) -> TorchRunner:
@@ -87,6 +88,7 @@ def load_rank(load: Load, rank: int, group: DistributedGroup) -> TorchRunner:
         tokens_per_block=load.tokens_per_block,
         device=load.devices[rank],
         threads=load.threads,
+        deterministic=load.deterministic,
         rank=rank,
         group=group,
     )

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from llmserve.core.step import ModelRunnerOutput, SchedulerOutput
 from llmserve.errors import ConfigError
 from llmserve.runtime.host import available_cores
-from llmserve.runtime.model_runner import ModelInfo
+from llmserve.runtime.model_runner import ModelInfo, TokenMasks
 from llmserve.runtime.torch.rank_handle import RankHandle, raise_failure
 from llmserve.runtime.torch.rank_messages import (
     AllocateKvCache,
@@ -57,6 +57,7 @@ class TensorParallelRunner:
         device: 'cpu', 'cuda' or 'auto'; rank r is on cuda:r.
         threads: CPU threads of all ranks together, of which each has one at least; None takes the
             cores there are.
+        deterministic: As for ``TorchRunner``.
 
     Attributes:
         info: On the CPU the bytes of weights and blocks are all ranks' together, for they share
@@ -81,6 +82,7 @@ class TensorParallelRunner:
         tokens_per_block: int,
         device: str = "auto",
         threads: int | None = None,
+        deterministic: bool = False,
     ) -> None:
         threads = max(1, (threads or available_cores()) // tp_size)
         self._others: list[RankHandle] = []
@@ -100,6 +102,7 @@ class TensorParallelRunner:
                 tokens_per_block=tokens_per_block,
                 devices=devices,
                 threads=threads,
+                deterministic=deterministic,
             )
             self._send(load)
             self._group = make_group(load, 0)
@@ -147,18 +150,18 @@ class TensorParallelRunner:
 
         Raises:
             EngineError: A rank has ended.
-            ValueError: The step asks for what is not implemented.
+            ValueError: The step is not what the scheduler's contract allows.
         """
         with self._blaming():
             self._send(Step(scheduler_output))
             return self._runner.launch(scheduler_output)
 
-    def finish(self, handle: StepHandle, masks: object = None) -> ModelRunnerOutput:
+    def finish(self, handle: StepHandle, masks: TokenMasks | None = None) -> ModelRunnerOutput:
         """Sample the step's next tokens, tell them to all ranks, and wait for them.
 
         Raises:
             EngineError: A rank has ended.
-            ValueError: ``masks`` are given; they are not implemented.
+            ValueError: There is a mask for a request that does not sample, or that has drafts.
         """
         with self._blaming():
             return self._runner.finish(handle, masks)

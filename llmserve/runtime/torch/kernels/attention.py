@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -55,32 +56,6 @@ class PrefillChunk:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionView:
-    """What the layers of one window read.
-
-    Attributes:
-        decodes: Rows of single tokens.
-        prefills: All other rows.
-    """
-
-    decodes: Sequence[DecodeBatch]
-    prefills: Sequence[PrefillChunk]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionPlan:
-    """How the flat batch of one step attends; the same for every layer.
-
-    Attributes:
-        slot_mapping: int64 (tokens,): where each row's K and V go.
-        views: By window, None for layers that see everything, what they read.
-    """
-
-    slot_mapping: torch.Tensor
-    views: Mapping[int | None, AttentionView]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionScores:
     """How a layer scores keys.
 
@@ -93,6 +68,78 @@ class AttentionScores:
     scale: float
     window: int | None = None
     softcap: float | None = None
+
+
+class AttentionView(Protocol):
+    """What the layers of one window store and read in a step, and how."""
+
+    @property
+    def slot_mapping(self) -> torch.Tensor:
+        """int64 (tokens,): where each row's K and V go, in these layers' KV group."""
+        ...
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        scores: AttentionScores,
+        storage: KvStorage,
+    ) -> torch.Tensor:
+        """Attend causally to what each row's request has in the cache, the step's own included.
+
+        Args:
+            query: (tokens, kv_heads, group, head_size): query heads by the KV head they share.
+            cache: The layer's cache, written for this step already.
+            scores: Of this layer.
+            storage: Of this layer.
+
+        Returns:
+            As ``query``.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionPlan:
+    """How the flat batch of one step attends; the same for every layer.
+
+    Attributes:
+        views: By window, None for layers that see everything.
+    """
+
+    views: Mapping[int | None, AttentionView]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GatheredView:
+    """K and V are gathered from their slots and given to torch's own attention.
+
+    Attributes:
+        slot_mapping: int64 (tokens,): where each row's K and V go.
+        decodes: Rows of single tokens.
+        prefills: All other rows.
+    """
+
+    slot_mapping: torch.Tensor
+    decodes: Sequence[DecodeBatch]
+    prefills: Sequence[PrefillChunk]
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        scores: AttentionScores,
+        storage: KvStorage,
+    ) -> torch.Tensor:
+        """Attend batch by batch and chunk by chunk."""
+        if len(self.decodes) == 1 and not self.prefills:
+            return _decode(query, cache, self.decodes[0], scores, storage)
+        out = query.new_empty(query.shape)
+        for batch in self.decodes:
+            out[batch.rows] = _decode(query[batch.rows], cache, batch, scores, storage)
+        for chunk in self.prefills:
+            out[chunk.rows] = _prefill(query[chunk.rows], cache, chunk, scores, storage)
+        return out
 
 
 def whole_sequences_plan(
@@ -113,8 +160,8 @@ def whole_sequences_plan(
         rows = slice(start, start + length)
         chunks.append(PrefillChunk(rows=rows, num_previous_tokens=0, kv_slots=slots[rows]))
         start += length
-    view = AttentionView(decodes=[], prefills=chunks)
-    return AttentionPlan(slot_mapping=slots, views=dict.fromkeys(windows, view))
+    view = GatheredView(slot_mapping=slots, decodes=[], prefills=chunks)
+    return AttentionPlan(views=dict.fromkeys(windows, view))
 
 
 def paged_attention(
@@ -138,16 +185,9 @@ def paged_attention(
     Returns:
         (tokens, kv_heads * group * head_size).
     """
-    cache.index_copy_(0, plan.slot_mapping, storage.store(key_value))
     view = plan.views[scores.window]
-    if len(view.decodes) == 1 and not view.prefills:
-        return _decode(query, cache, view.decodes[0], scores, storage).reshape(query.shape[0], -1)
-    out = query.new_empty(query.shape)
-    for batch in view.decodes:
-        out[batch.rows] = _decode(query[batch.rows], cache, batch, scores, storage)
-    for chunk in view.prefills:
-        out[chunk.rows] = _prefill(query[chunk.rows], cache, chunk, scores, storage)
-    return out.view(out.shape[0], -1)
+    cache.index_copy_(0, view.slot_mapping, storage.store(key_value))
+    return view.attend(query, cache, scores, storage).reshape(query.shape[0], -1)
 
 
 def _gathered(
