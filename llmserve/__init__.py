@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llmserve.config import BuildConfig, EngineConfig, KvCacheConfig
-    from llmserve.core.sampling_params import SamplingParams
+    from llmserve.config import BuildConfig, EngineConfig, KvCacheConfig, NGramDecodingConfig
+    from llmserve.core.sampling_params import GuidedDecodingParams, SamplingParams
     from llmserve.errors import (
         CheckpointError,
         CheckpointNotFoundError,
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         EngineShutdownError,
         InvalidRequestError,
         LlmserveError,
+        RequestTimeoutError,
         UnsupportedCheckpointError,
     )
     from llmserve.llm import (
@@ -38,8 +39,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "llmserve.config": ("BuildConfig", "EngineConfig", "KvCacheConfig"),
-    "llmserve.core.sampling_params": ("SamplingParams",),
+    "llmserve.config": ("BuildConfig", "EngineConfig", "KvCacheConfig", "NGramDecodingConfig"),
+    "llmserve.core.sampling_params": ("GuidedDecodingParams", "SamplingParams"),
     "llmserve.errors": (
         "CheckpointError",
         "CheckpointNotFoundError",
@@ -51,6 +52,7 @@ _MODULES = {
         "EngineShutdownError",
         "InvalidRequestError",
         "LlmserveError",
+        "RequestTimeoutError",
         "UnsupportedCheckpointError",
     ),
     "llmserve.llm": (
@@ -81,11 +83,14 @@ __all__ = [
     "EngineOverloadedError",
     "EngineShutdownError",
     "GenerationResult",
+    "GuidedDecodingParams",
     "InvalidRequestError",
     "KvCacheConfig",
     "LlmserveError",
     "Logprob",
+    "NGramDecodingConfig",
     "RequestOutput",
+    "RequestTimeoutError",
     "SamplingParams",
     "Tokenizer",
     "UnsupportedCheckpointError",

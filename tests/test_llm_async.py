@@ -10,7 +10,7 @@ from contextlib import aclosing
 import pytest
 
 from llmserve.core.request import FinishReason, Output, TokenLogprobs
-from llmserve.core.sampling_params import SamplingParams
+from llmserve.core.sampling_params import GuidedDecodingParams, SamplingParams
 from llmserve.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -22,6 +22,7 @@ from llmserve.errors import (
 from llmserve.llm import AsyncLLM
 from llmserve.tokenizer import GenerationConfig, Tokenizer
 from tests.engines import ScriptedEngine, expected_tokens, fake_logprobs
+from tests.openai.models import ScoringEngine
 from tests.tokenizer_files import EOS_ID, IM_END_ID, IM_START_ID, write_tokenizer
 
 TEXT = "the quick brown fox é 日本 😀 jumps"
@@ -132,6 +133,18 @@ async def test_a_stop_token_ends_the_answer_and_is_its_reason(make, tokenizer):
     assert completion.text == "one"
 
 
+async def test_an_answer_that_cannot_go_on_ends_with_a_token_of_its_text(make, tokenizer):
+    """As under guided decoding, where no end-of-sequence token needs to be drawn."""
+    llm, token_ids = make([9]), tokenizer.encode("one two")
+    guided = params(guided_decoding=GuidedDecodingParams(choice=("one two",)))
+    stream = llm.generate([9], guided, request_id="r")
+    llm.engine.open["r-0"].pending.append(
+        Output(request_id="r-0", token_ids=token_ids, finish_reason=FinishReason.STOP)
+    )
+    completion = (await finish(stream)).outputs[0]
+    assert (completion.text, completion.finish_reason) == ("one two", "stop")
+
+
 @pytest.mark.parametrize("tokens_per_output", [1, 3, 50])
 @pytest.mark.parametrize("include", [False, True])
 async def test_a_stop_string_ends_the_answer_and_aborts_the_engine(
@@ -211,6 +224,54 @@ async def test_logprobs_of_a_token_outside_the_likeliest(make):
         70: (-5.0, 40),
     }
     assert completion.logprobs_diff == completion.logprobs
+
+
+async def test_prompt_logprobs_come_with_the_first_step(make, tokenizer):
+    engine = ScoringEngine([70, 80])
+    prompt = [60, 61, 62]
+    llm = AsyncLLM(engine, tokenizer, GenerationConfig(eos_token_ids=()))
+    wanted = params(max_tokens=2, prompt_logprobs=2, n=2, truncate_prompt_tokens=2)
+    steps = [
+        [completion.prompt_logprobs for completion in output.outputs]
+        async for output in llm.generate(prompt, wanted, request_id="r")
+    ]
+    for told in steps[-1]:
+        (position,) = told
+        assert {i: (p.logprob, p.rank) for i, p in position.items()} == {
+            62: (fake_logprobs(62, 2, 512).logprob, 1),
+            63: (fake_logprobs(62, 2, 512).logprob - 1, 2),
+        }
+    assert any(None not in told for told in steps)
+    none = await finish(llm.generate(prompt, params(max_tokens=2), request_id="s"))
+    assert none.outputs[0].prompt_logprobs is None
+
+
+async def test_a_timeout_ends_an_answer_with_what_it_has(tokenizer):
+    engine = ScoringEngine()
+    llm = AsyncLLM(engine, tokenizer, GenerationConfig(eos_token_ids=()))
+    output = await finish(llm.generate([60, 61], params(), request_id="r", timeout_s=5))
+    completion = output.outputs[0]
+    assert (completion.finish_reason, completion.length) == ("timeout", 5)
+    assert completion.text == tokenizer.decode([60, 61, 60, 61, 60])
+    assert output.finished
+    for field, value in (("timeout_s", 0), ("timeout_s", math.nan), ("priority", 101)):
+        with pytest.raises(InvalidRequestError) as caught:
+            llm.generate([60], params(), request_id="s", **{field: value})
+        assert caught.value.param == field.removesuffix("_s")
+    await finish(llm.generate([60], params(), request_id="t", priority=-7))
+    assert [request.priority for request in engine.requests] == [0, -7]
+
+
+async def test_a_stop_string_within_min_tokens_is_passed_over(make, tokenizer):
+    """Whatever the outputs' sizes: what counts are tokens, the one that completes it included."""
+    token_ids = tokenizer.encode("x stop stop")
+    num_tokens = next(i for i in range(len(token_ids)) if "stop" in tokenizer.decode(token_ids[:i]))
+    for tokens_per_output in (1, 2, 50):
+        for min_tokens, text in ((num_tokens, "x "), (num_tokens + 1, "x stop ")):
+            llm = make(token_ids, tokens_per_output=tokens_per_output)
+            wanted = params(stop="stop", min_tokens=min_tokens, max_tokens=40)
+            completion = (await finish(llm.generate([9], wanted, request_id="r"))).outputs[0]
+            assert (completion.text, completion.stop_reason) == (text, "stop")
 
 
 async def test_n_answers_come_merged(make, tokenizer):
@@ -362,6 +423,11 @@ async def test_what_cannot_be_served_is_refused_before_the_first_await(make):
         ([9, 512], params(), "prompt"),
         ([9, -1], params(), "prompt"),
         ([9], params(logprobs=513), "logprobs"),
+        ([9], params(prompt_logprobs=513), "prompt_logprobs"),
+        ([9], params(stop_token_ids=[512]), "stop_token_ids"),
+        ([9], params(logit_bias={512: 1.0}), "logit_bias"),
+        ([9] * 10, params(max_tokens=None, min_tokens=7), "min_tokens"),
+        ([9], params(min_tokens=2, guided_decoding=GuidedDecodingParams(regex="a")), "min_tokens"),
         ([9], params(stop="x", detokenize=False), "stop"),
     ]:
         with pytest.raises(InvalidRequestError) as info:

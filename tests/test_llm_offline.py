@@ -13,8 +13,8 @@ import time
 
 import pytest
 
-from llmserve.config import EngineConfig, KvCacheConfig
-from llmserve.core.sampling_params import SamplingParams
+from llmserve.config import EngineConfig, KvCacheConfig, NGramDecodingConfig
+from llmserve.core.sampling_params import GuidedDecodingParams, SamplingParams
 from llmserve.errors import (
     ConfigError,
     ContextLengthError,
@@ -114,6 +114,31 @@ def test_sampling_params_for_all_or_for_each(llm):
         llm.generate(PROMPTS, each[:2])
     plain = llm.generate(PROMPTS[0], SamplingParams(add_special_tokens=False))
     assert BOS_ID not in plain.prompt_token_ids
+
+
+def test_priority_timeout_and_salt_are_of_all_inputs(llm, opened):
+    llm.generate(PROMPTS[:2], priority=5, timeout_s=60, cache_salt="mine")
+    llm.generate_async(PROMPTS[0], priority=-5, timeout_s=30.5, cache_salt="other").result()
+    llm.generate(PROMPTS[0])
+    assert [(r.priority, r.timeout_s, r.cache_salt) for r in opened.engine.requests] == [
+        (5, 60, "mine"),
+        (5, 60, "mine"),
+        (-5, 30.5, "other"),
+        (0, None, None),
+    ]
+
+
+def test_a_guide_that_cannot_be_used_is_refused_before_anything_runs(llm, opened):
+    good = SamplingParams(guided_decoding=GuidedDecodingParams(regex="a+"), max_tokens=2)
+    bad = SamplingParams(guided_decoding=GuidedDecodingParams(regex="("))
+    with pytest.raises(InvalidRequestError, match=r"^inputs\[1\]: guided_decoding cannot be used"):
+        llm.generate(PROMPTS[:2], [good, bad])
+    with pytest.raises(InvalidRequestError):
+        llm.generate_async(PROMPTS[0], bad)
+    assert opened.engine.requests == []
+    llm.generate(PROMPTS[0], good)
+    (request,) = opened.engine.requests
+    assert request.sampling_params.guided_decoding == good.guided_decoding
 
 
 def test_a_bad_input_is_named_before_anything_runs(llm, opened):
@@ -294,6 +319,8 @@ def test_settings_reach_the_artefact_and_the_engine(opened, tmp_path):
         kv_cache_config=cache,
         capacity_scheduler_policy="max_utilization",
         enable_chunked_prefill=False,
+        speculative_config=NGramDecodingConfig(max_draft_len=3),
+        deterministic=True,
         threads=2,
         device="cpu",
         kv_cache_dtype="fp8",
@@ -317,6 +344,8 @@ def test_settings_reach_the_artefact_and_the_engine(opened, tmp_path):
         kv_cache=cache,
         capacity_scheduler_policy="max_utilization",
         enable_chunked_prefill=False,
+        speculative=NGramDecodingConfig(max_draft_len=3),
+        deterministic=True,
         threads=2,
         device="cpu",
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llmserve.batch.format import JsonObject, Response
 from llmserve.config import EngineConfig
+from llmserve.core.request import BATCH_PRIORITY, INTERACTIVE_PRIORITY
 from llmserve.llm import AsyncLLM, open_llm
 from llmserve.openai.serving import OpenAIServing
 
@@ -22,7 +23,10 @@ class EngineResponder:
 
     def __init__(self, llm: AsyncLLM, served_model_name: str) -> None:
         self._llm = llm
-        self._serving = OpenAIServing(llm, served_model_name)
+        # TensorRT-LLM's API knows no priorities.
+        is_native = llm.engine.info.backend == "native"
+        priority = BATCH_PRIORITY if is_native else INTERACTIVE_PRIORITY
+        self._serving = OpenAIServing(llm, served_model_name, priority=priority)
 
     @property
     def max_batch_size(self) -> int:

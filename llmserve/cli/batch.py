@@ -107,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
             "--kv-cache-dtype": args.kv_cache_dtype or "auto",
             "--tp": str(args.tp or 1),
             "--max-seq-len": str(args.max_seq_len),
+            "--deterministic": str(args.deterministic),
         },
         concurrency=args.concurrency,
     )

@@ -57,6 +57,12 @@ def _add_server_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--served-model-name", metavar="NAME", help="name for clients (default: the directory's)"
     )
+    group.add_argument(
+        "--request-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="most that a request may take, if it sets no shorter timeout (default: no limit)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,7 +77,12 @@ def run(args: argparse.Namespace) -> int:
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("llmserve").setLevel(logging.INFO)
-    settings = ServerSettings(host=args.host, port=args.port, api_keys=_api_keys(args.api_key))
+    settings = ServerSettings(
+        host=args.host,
+        port=args.port,
+        api_keys=_api_keys(args.api_key),
+        request_timeout_s=args.request_timeout,
+    )
     config = engine_config(args)
     name = args.served_model_name or default_model_name(args.model)
     with bind(settings.host, settings.port) as sock:

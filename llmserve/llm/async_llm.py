@@ -11,7 +11,7 @@ from pathlib import Path
 from llmserve.artifacts import Backend, ensure_engine
 from llmserve.checkpoint.config_file import CONFIG_FILE, artifact_kind
 from llmserve.config import BuildConfig, DType, EngineConfig
-from llmserve.core.request import FinishReason, Output, Request
+from llmserve.core.request import INTERACTIVE_PRIORITY, FinishReason, Output, Request
 from llmserve.core.sampling_params import SamplingParams
 from llmserve.engine.admission import check_request
 from llmserve.engine.engine import Engine
@@ -52,6 +52,8 @@ class AsyncLLM:
         *,
         request_id: str,
         prompt: str | None = None,
+        priority: int = INTERACTIVE_PRIORITY,
+        timeout_s: float | None = None,
         cache_salt: str | None = None,
     ) -> RequestStream:
         """Submit a prompt and return the stream of its answers.
@@ -59,9 +61,12 @@ class AsyncLLM:
         Args:
             prompt_token_ids: At least one token.
             sampling_params: ``max_tokens`` None fills the context, ``seed`` None draws one; the n
-                answers share the seed and differ in their sequence index.
+                answers share the seed and differ in their sequence index. ``guided_decoding`` of
+                somebody else's making has passed ``engine.guided_decoding.check_guided_decoding``.
             request_id: Unique; the engine sees ``{request_id}-{index}``.
             prompt: The prompt's text, only handed through.
+            priority: Lower starts earlier, -100 to 100.
+            timeout_s: Seconds after which its answers end with reason 'timeout'; None for never.
             cache_salt: KV blocks are shared under the same salt only.
 
         Returns:
@@ -75,10 +80,21 @@ class AsyncLLM:
             EngineShutdownError: Draining or shut down.
         """
         requests = self.make_requests(
-            prompt_token_ids, sampling_params, request_id=request_id, cache_salt=cache_salt
+            prompt_token_ids,
+            sampling_params,
+            request_id=request_id,
+            priority=priority,
+            timeout_s=timeout_s,
+            cache_salt=cache_salt,
         )
         answers = [
-            Answer(index, self.tokenizer, request.prompt_token_ids, sampling_params)
+            Answer(
+                index,
+                self.tokenizer,
+                request.prompt_token_ids,
+                sampling_params,
+                request.eos_token_ids,
+            )
             for index, request in enumerate(requests)
         ]
         output = RequestOutput(
@@ -95,6 +111,8 @@ class AsyncLLM:
         sampling_params: SamplingParams,
         *,
         request_id: str,
+        priority: int = INTERACTIVE_PRIORITY,
+        timeout_s: float | None = None,
         cache_salt: str | None = None,
     ) -> list[Request]:
         """The n requests to the engine that a prompt becomes, with nothing left open.
@@ -107,11 +125,13 @@ class AsyncLLM:
         params, info = sampling_params, self.engine.info
         if params.stop and not params.detokenize:
             raise InvalidRequestError("stop strings need detokenize", param="stop")
-        if params.logprobs is not None and params.logprobs > info.vocab_size:
+        if params.min_tokens and params.guided_decoding is not None:
             raise InvalidRequestError(
-                f"logprobs is {params.logprobs}; the vocabulary has {info.vocab_size} tokens",
-                param="logprobs",
+                f"min_tokens is {params.min_tokens}; it is not allowed where an answer must match "
+                "something, which alone says when it may end",
+                param="min_tokens",
             )
+        _check_vocabulary(params, info.vocab_size)
         prompt = tuple(prompt_token_ids)
         if params.truncate_prompt_tokens is not None:
             prompt = prompt[-params.truncate_prompt_tokens :]
@@ -128,6 +148,8 @@ class AsyncLLM:
                 sampling_params=params,
                 eos_token_ids=() if params.ignore_eos else self.generation_config.eos_token_ids,
                 sequence_index=index,
+                priority=priority,
+                timeout_s=timeout_s,
                 cache_salt=cache_salt,
             )
             for index in range(params.n)
@@ -253,6 +275,23 @@ class RequestStream(AsyncIterator[RequestOutput]):
     def __del__(self) -> None:
         # Dropped half-read, and the garbage collector may run in any thread.
         self._abort_soon()
+
+
+def _check_vocabulary(params: SamplingParams, vocab_size: int) -> None:
+    """Refuse what only the model's vocabulary can judge."""
+    for name in ("logprobs", "prompt_logprobs"):
+        wanted = getattr(params, name)
+        if wanted is not None and wanted > vocab_size:
+            raise InvalidRequestError(
+                f"{name} is {wanted}; the vocabulary has {vocab_size} tokens", param=name
+            )
+    biased = (token_id for token_id, _ in params.logit_bias)
+    for name, token_ids in (("stop_token_ids", params.stop_token_ids), ("logit_bias", biased)):
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidRequestError(
+                    f"{name} has {token_id}; ids must be in [0, {vocab_size})", param=name
+                )
 
 
 async def _fetch(

@@ -14,9 +14,18 @@ from typing import NoReturn, cast
 from tqdm import tqdm
 
 from llmserve.artifacts import ensure_engine
-from llmserve.config import BuildConfig, CapacitySchedulerPolicy, DType, EngineConfig, KvCacheConfig
+from llmserve.config import (
+    BuildConfig,
+    CapacitySchedulerPolicy,
+    DType,
+    EngineConfig,
+    KvCacheConfig,
+    NGramDecodingConfig,
+)
+from llmserve.core.request import INTERACTIVE_PRIORITY
 from llmserve.core.sampling_params import SamplingParams
 from llmserve.engine.engine import EngineInfo
+from llmserve.engine.guided_decoding import check_guided_decoding
 from llmserve.errors import (
     ConfigError,
     EngineDeadError,
@@ -71,6 +80,8 @@ class LLM:
         kv_cache_config: The paged KV cache.
         capacity_scheduler_policy: guaranteed_no_evict or max_utilization.
         enable_chunked_prefill: Let a prompt be computed over several steps.
+        speculative_config: Guess tokens by prompt lookup and verify several in a step; None: never.
+        deterministic: The same bits for a request whatever else runs; on a CPU alone.
         threads: Threads of the compute process; None takes the cores of the cgroup.
         device: 'auto' takes CUDA where there is a GPU.
         **kwargs: Other arguments of TensorRT-LLM's LLM, where their value changes nothing.
@@ -98,6 +109,8 @@ class LLM:
         kv_cache_config: KvCacheConfig | None = None,
         capacity_scheduler_policy: CapacitySchedulerPolicy = "guaranteed_no_evict",
         enable_chunked_prefill: bool = True,
+        speculative_config: NGramDecodingConfig | None = None,
+        deterministic: bool = False,
         threads: int | None = None,
         device: str = "auto",
         **kwargs: object,
@@ -114,6 +127,8 @@ class LLM:
             kv_cache=kv_cache_config or KvCacheConfig(),
             capacity_scheduler_policy=capacity_scheduler_policy,
             enable_chunked_prefill=enable_chunked_prefill,
+            speculative=speculative_config,
+            deterministic=deterministic,
             threads=threads,
             device=device,
         )
@@ -153,6 +168,10 @@ class LLM:
         inputs: PromptInput | Sequence[PromptInput],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: int = INTERACTIVE_PRIORITY,
+        timeout_s: float | None = None,
+        cache_salt: str | None = None,
     ) -> RequestOutput | list[RequestOutput]:
         """Answer prompts and wait for all answers.
 
@@ -165,6 +184,10 @@ class LLM:
                 32 tokens. (The model's generation_config.json is for the HTTP API alone, as in
                 TensorRT-LLM.)
             use_tqdm: Show a progress bar if standard error is a terminal.
+            priority: Of all of them: lower starts earlier, -100 to 100.
+            timeout_s: Seconds from an input's submission after which its answers end as they are,
+                with finish_reason 'timeout'; None for never.
+            cache_salt: KV blocks are shared under the same salt only.
 
         Returns:
             One output for a single input, else a list in the order of the inputs.
@@ -178,7 +201,7 @@ class LLM:
         jobs = []
         for index, (prompt, params) in enumerate(zip(prompts, all_params, strict=True)):
             try:
-                jobs.append(self._job(prompt, params))
+                jobs.append(self._job(prompt, params, priority, timeout_s, cache_salt))
             except InvalidRequestError as error:
                 _name_input(error, index)
                 raise
@@ -191,6 +214,10 @@ class LLM:
         inputs: PromptInput,
         sampling_params: SamplingParams | None = None,
         streaming: bool = False,
+        *,
+        priority: int = INTERACTIVE_PRIORITY,
+        timeout_s: float | None = None,
+        cache_salt: str | None = None,
     ) -> GenerationResult:
         """Submit one prompt and return at once.
 
@@ -198,6 +225,9 @@ class LLM:
             inputs: Text or a list of token ids.
             sampling_params: None for ``SamplingParams()``: greedy, 32 tokens.
             streaming: Let iteration yield every step instead of the finished answers alone.
+            priority: Lower starts earlier, -100 to 100.
+            timeout_s: Seconds after which its answers end with finish_reason 'timeout'.
+            cache_salt: KV blocks are shared under the same salt only.
 
         Returns:
             The result: await it, call ``.result()``, or iterate over it with ``for`` or
@@ -207,7 +237,8 @@ class LLM:
             InvalidRequestError: The input cannot be served.
             EngineError: Overloaded, down or shut down.
         """
-        job = self._job(inputs, sampling_params or SamplingParams())
+        params = sampling_params or SamplingParams()
+        job = self._job(inputs, params, priority, timeout_s, cache_salt)
         stream = self._loop_thread.run(_submit(self._async_llm, job))
         return GenerationResult(stream, self._loop_thread, streaming)
 
@@ -221,7 +252,16 @@ class LLM:
     def __exit__(self, *exc_info: object) -> None:
         self.shutdown()
 
-    def _job(self, prompt: PromptInput, params: SamplingParams) -> _Job:
+    def _job(
+        self,
+        prompt: PromptInput,
+        params: SamplingParams,
+        priority: int,
+        timeout_s: float | None,
+        cache_salt: str | None,
+    ) -> _Job:
+        if params.guided_decoding is not None:
+            check_guided_decoding(params.guided_decoding)
         text = prompt if isinstance(prompt, str) else None
         if isinstance(prompt, str):
             token_ids = self.tokenizer.encode(prompt, add_special_tokens=params.add_special_tokens)
@@ -237,9 +277,17 @@ class LLM:
                         f"a prompt is text or a list of token ids, and {token_id!r} is no id"
                     )
         request_id = str(next(self._request_ids))
+        job = _Job(request_id, text, token_ids, params, priority, timeout_s, cache_salt)
         # Only to have it checked now; the stream makes the requests that are sent.
-        self._async_llm.make_requests(token_ids, params, request_id=request_id)
-        return _Job(request_id, text, token_ids, params)
+        self._async_llm.make_requests(
+            token_ids,
+            params,
+            request_id=request_id,
+            priority=priority,
+            timeout_s=timeout_s,
+            cache_salt=cache_salt,
+        )
+        return job
 
 
 class GenerationResult:
@@ -363,11 +411,20 @@ class _Job:
     prompt: str | None
     prompt_token_ids: list[int]
     sampling_params: SamplingParams
+    priority: int
+    timeout_s: float | None
+    cache_salt: str | None
 
 
 async def _submit(async_llm: AsyncLLM, job: _Job) -> RequestStream:
     return async_llm.generate(
-        job.prompt_token_ids, job.sampling_params, request_id=job.request_id, prompt=job.prompt
+        job.prompt_token_ids,
+        job.sampling_params,
+        request_id=job.request_id,
+        prompt=job.prompt,
+        priority=job.priority,
+        timeout_s=job.timeout_s,
+        cache_salt=job.cache_salt,
     )
 
 

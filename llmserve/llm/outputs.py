@@ -30,8 +30,11 @@ class CompletionOutput:
         cumulative_logprob: Sum of the tokens' log-probabilities; None unless asked for logprobs.
         logprobs: Per token the log-probabilities by token id, the likeliest first; the token
             itself is always among them. None unless asked for.
+        prompt_logprobs: The same for each token of the prompt but the first, there with the first
+            step. None unless asked for.
         finish_reason: 'stop' (end-of-sequence, stop token or stop string), 'length' (max_tokens),
-            'abort' (TensorRT-LLM's 'cancelled'), or None while the answer goes on.
+            'timeout' (the request's own has passed), 'abort' (TensorRT-LLM's 'cancelled'), or None
+            while the answer goes on.
         stop_reason: The stop string or stop token id that ended the answer; None for an
             end-of-sequence token.
         text_diff: Text that the last step brought; empty if it brought nothing to this answer.
@@ -44,6 +47,7 @@ class CompletionOutput:
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None
+    prompt_logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     text_diff: str = ""

@@ -15,6 +15,7 @@ from llmserve.errors import (
     EngineOverloadedError,
     EngineShutdownError,
     InvalidRequestError,
+    RequestTimeoutError,
 )
 from llmserve.openai.responses import ErrorDetail, ErrorResponse
 
@@ -81,6 +82,7 @@ ERROR_KINDS: dict[type[Exception], ErrorKind] = {
     ModelNotFoundError: ErrorKind(404, _BAD_REQUEST, "model_not_found"),
     RouteNotFoundError: ErrorKind(404, _BAD_REQUEST, "route_not_found"),
     MethodNotAllowedError: ErrorKind(405, _BAD_REQUEST, "method_not_allowed"),
+    RequestTimeoutError: ErrorKind(408, "timeout_error", "timeout"),
     BodyTooLargeError: ErrorKind(413, _BAD_REQUEST, "body_too_large"),
     UnsupportedMediaTypeError: ErrorKind(415, _BAD_REQUEST, "unsupported_media_type"),
     EngineError: ErrorKind(500, "server_error", "engine_error"),

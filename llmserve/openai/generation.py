@@ -9,13 +9,27 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from llmserve.core.request import FinishReason
 from llmserve.core.sampling_params import SamplingParams
-from llmserve.errors import EngineShutdownError
+from llmserve.errors import EngineShutdownError, RequestTimeoutError
 from llmserve.llm import AsyncLLM, RequestOutput, RequestStream
 from llmserve.openai.observer import AnswerClock, RequestObserver
 from llmserve.openai.responses import PromptTokensDetails, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One of the prompts of an API request.
+
+    Attributes:
+        token_ids: As encoded or sent.
+        text: If it was sent as text.
+    """
+
+    token_ids: Sequence[int]
+    text: str | None = None
 
 
 class Generation:
@@ -29,15 +43,19 @@ class Generation:
         self.outputs: list[RequestOutput] = []
         self._streams: list[RequestStream] = []
         self._clocks: list[AnswerClock] = []
+        self._timeout_s: float | None = None
 
     @classmethod
     async def open(
         cls,
         llm: AsyncLLM,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         sampling_params: Sequence[SamplingParams],
         *,
         request_id: str,
+        priority: int,
+        timeout_s: float | None,
+        cache_salt: str | None,
         arrival_s: float,
         observer: RequestObserver,
     ) -> Generation:
@@ -45,9 +63,10 @@ class Generation:
 
         Args:
             llm: Generates.
-            prompts: Token ids.
+            prompts: What to answer.
             sampling_params: One per prompt.
             request_id: Unique; prompt i is submitted as ``{request_id}-{i}``.
+            priority, timeout_s, cache_salt: As ``AsyncLLM.generate`` has them.
             arrival_s: When the request came, on ``time.perf_counter``.
             observer: Is told the times.
 
@@ -56,9 +75,18 @@ class Generation:
             EngineError: The engine takes no requests now.
         """
         generation = cls()
+        generation._timeout_s = timeout_s
         try:
             for index, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True)):
-                stream = llm.generate(prompt, params, request_id=f"{request_id}-{index}")
+                stream = llm.generate(
+                    prompt.token_ids,
+                    params,
+                    request_id=f"{request_id}-{index}",
+                    prompt=prompt.text,
+                    priority=priority,
+                    timeout_s=timeout_s,
+                    cache_salt=cache_salt,
+                )
                 generation._streams.append(stream)
                 prompt_tokens = len(stream.output.prompt_token_ids)
                 generation._clocks.append(AnswerClock(observer, params.n, prompt_tokens, arrival_s))
@@ -77,14 +105,24 @@ class Generation:
         Raises:
             EngineError: The engine failed, or cut an answer because it shuts down.
             InvalidRequestError: An answer failed by its own fault.
+            RequestTimeoutError: An answer did not end in time.
         """
         try:
             async with aclosing(_merge(self._streams)) as merged:
                 async for index, output in merged:
                     self._clocks[index].update(output.outputs, output.queue_s)
-                    if any(answer.finish_reason == FinishReason.ABORT for answer in output.outputs):
+                    reasons = {answer.finish_reason for answer in output.outputs}
+                    if FinishReason.ABORT in reasons:
                         raise EngineShutdownError("the server is shutting down; the answer was cut")
+                    if FinishReason.TIMEOUT in reasons:
+                        raise RequestTimeoutError(
+                            f"the answer did not end within the timeout of {self._timeout_s:g} s"
+                        )
                     yield index, output
+        except RequestTimeoutError:
+            for clock in self._clocks:
+                clock.close("timeout")
+            raise
         except Exception:
             for clock in self._clocks:
                 clock.close("error")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Mapping, Sequence
 from itertools import islice
 
@@ -11,40 +10,102 @@ from llmserve.openai.responses import (
     ChatLogprobs,
     ChatTokenLogprob,
     CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
     TopLogprob,
 )
-from llmserve.tokenizer import Tokenizer
+from llmserve.tokenizer import IncrementalDetokenizer, Tokenizer
 
 _LEAST = -9999.0  # OpenAI's stand-in for minus infinity, which JSON cannot say
 
 
 class CompletionLogprobsBuilder:
-    """Log-probabilities of one completion, piece by piece; it keeps count of the text's length."""
+    """Log-probabilities of one completion, piece by piece; it keeps count of the text's length.
 
-    def __init__(self, tokenizer: Tokenizer, k: int) -> None:
+    Args:
+        tokenizer: Whose tokens these are.
+        k: How many of the likeliest tokens to tell, besides the one that stands there.
+        prompt_token_ids: What comes before.
+        skip_special_tokens: Special tokens are no part of the text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        k: int,
+        *,
+        prompt_token_ids: Sequence[int],
+        skip_special_tokens: bool,
+    ) -> None:
         self._tokenizer = tokenizer
         self._k = k
+        self._prompt_token_ids = prompt_token_ids
+        self._skip_special_tokens = skip_special_tokens
         self._offset = 0
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._detokenizer = self._new_detokenizer(prompt_token_ids)
 
     def build(
-        self, token_ids: Sequence[int], logprobs: Sequence[Mapping[int, Logprob]]
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[Mapping[int, Logprob]],
+        *,
+        behind: CompletionLogprobs | None = None,
     ) -> CompletionLogprobs:
-        """The next tokens' log-probabilities, one mapping a token."""
-        built = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        """The next tokens' log-probabilities, one mapping a token; ``behind`` others, if given."""
+        built = behind or _no_logprobs()
         for token_id, alternatives in zip(token_ids, logprobs, strict=True):
-            drawn = self._tokenizer.token_to_bytes(token_id)
-            built.tokens.append(_legacy_text(drawn))
-            built.token_logprobs.append(max(alternatives[token_id].logprob, _LEAST))
-            top: dict[str, float] = {}
-            for other_id, other in _likeliest(alternatives, self._k):
-                text = _legacy_text(self._tokenizer.token_to_bytes(other_id))
-                top.setdefault(text, max(other.logprob, _LEAST))
-            top.setdefault(built.tokens[-1], built.token_logprobs[-1])
-            built.top_logprobs.append(top)
-            built.text_offset.append(self._offset)
-            self._offset += len(self._decoder.decode(drawn))
+            self._add(built, token_id, alternatives)
+            self._offset += len(self._detokenizer.feed(token_id))
         return built
+
+    def build_echo(
+        self, logprobs: Sequence[Mapping[int, Logprob]], num_chars: int
+    ) -> CompletionLogprobs:
+        """Those of the prompt, with which the text begins. To be called before ``build``.
+
+        Args:
+            logprobs: One mapping per token but the first.
+            num_chars: Length of the prompt in the text.
+        """
+        built = _no_logprobs()
+        detokenizer = self._new_detokenizer(())
+        known: list[Mapping[int, Logprob] | None] = [None, *logprobs]
+        for token_id, alternatives in zip(self._prompt_token_ids, known, strict=True):
+            self._add(built, token_id, alternatives)
+            # A tokenizer that changes a text before it reads it can make it longer.
+            self._offset = min(self._offset + len(detokenizer.feed(token_id)), num_chars)
+        self._offset = num_chars
+        return built
+
+    def _add(
+        self, built: CompletionLogprobs, token_id: int, alternatives: Mapping[int, Logprob] | None
+    ) -> None:
+        own_text = _legacy_text(self._tokenizer.token_to_bytes(token_id))
+        built.tokens.append(own_text)
+        built.text_offset.append(self._offset)
+        if alternatives is None:
+            built.token_logprobs.append(None)
+            built.top_logprobs.append(None)
+            return
+        own = max(alternatives[token_id].logprob, _LEAST)
+        top: dict[str, float] = {}
+        for other_id, other in _likeliest(alternatives, self._k):
+            text = _legacy_text(self._tokenizer.token_to_bytes(other_id))
+            top.setdefault(text, max(other.logprob, _LEAST))
+        top.setdefault(own_text, own)
+        built.token_logprobs.append(own)
+        built.top_logprobs.append(top)
+
+    def _new_detokenizer(self, prompt_token_ids: Sequence[int]) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(
+            self._tokenizer,
+            skip_special_tokens=self._skip_special_tokens,
+            prompt_token_ids=prompt_token_ids,
+        )
+
+
+def _no_logprobs() -> CompletionLogprobs:
+    return CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
 
 
 def build_chat_logprobs(
@@ -69,6 +130,36 @@ def build_chat_logprobs(
             )
         )
     return ChatLogprobs(content=content)
+
+
+def build_prompt_logprobs(
+    tokenizer: Tokenizer,
+    k: int,
+    token_ids: Sequence[int],
+    logprobs: Sequence[Mapping[int, Logprob]],
+) -> PromptLogprobs:
+    """A prompt's log-probabilities, per token the ``k`` likeliest and its own.
+
+    Args:
+        tokenizer: Whose tokens these are.
+        k: How many of the likeliest.
+        token_ids: The prompt's.
+        logprobs: One mapping per token but the first.
+    """
+    built: PromptLogprobs = [None]
+    for token_id, alternatives in zip(token_ids[1:], logprobs, strict=True):
+        told = dict(_likeliest(alternatives, k)) | {token_id: alternatives[token_id]}
+        built.append(
+            {
+                str(told_id): PromptLogprob(
+                    logprob=max(logprob.logprob, _LEAST),
+                    rank=logprob.rank,
+                    decoded_token=tokenizer.token_to_bytes(told_id).decode(errors="replace"),
+                )
+                for told_id, logprob in told.items()
+            }
+        )
+    return built
 
 
 def _likeliest(alternatives: Mapping[int, Logprob], k: int) -> list[tuple[int, Logprob]]:

@@ -15,7 +15,7 @@ class AnswerTimes:
     """One ended answer, in seconds since its request arrived.
 
     Attributes:
-        finish_reason: stop, length, abort or error.
+        finish_reason: stop, length, timeout, abort or error.
         prompt_tokens: Of its prompt.
         generation_tokens: Of the answer.
         queue_s: Waiting for the first step.
@@ -102,7 +102,7 @@ class AnswerClock:
                 self._end(index, output.finish_reason, now_s)
 
     def close(self, finish_reason: str) -> None:
-        """End the answers that are still open: an abort, or an error."""
+        """End the answers that are still open: an abort, a timeout or an error."""
         for index in sorted(self._open):
             self._end(index, finish_reason, time.perf_counter())
 

@@ -30,6 +30,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from llmserve.core.request import MAX_PRIORITY
+from llmserve.core.sampling_params import GuidedDecodingParams
 from llmserve.errors import InvalidRequestError
 
 MAX_LOGPROBS = 20
@@ -40,24 +42,23 @@ MAX_STOPS = 64
 """Most stop strings, and most stop tokens, of a request."""
 MAX_STOP_CHARS = 1024
 """Longest stop string: what each answer has to be searched for costs time and memory."""
+MAX_BIASED_TOKENS = 1024
+"""Most tokens in ``logit_bias``: they are kept for every answer and applied in every step."""
+MAX_CHOICE_STRINGS = 1024
+"""Most strings of ``guided_choice``."""
+MAX_TIMEOUT_S = 1e9
+"""Longest ``timeout``: some thirty years, which every clock can count."""
 
 _INT32 = 2**31 - 1
 # How pydantic begins a sentence about a value.
-_SUBJECT = re.compile(r"^(?:Input|List|Dictionary|String|Value) should (be|have)")
+_SUBJECT = re.compile(r"^(?:Input|List|Dictionary|String|Value) should (be|have|match)")
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+_SCHEMA_NAME = r"^[a-zA-Z0-9_-]{1,64}$"  # OpenAI's
 _PARAM_CHARS = 200  # of a field's path in an error; unknown fields have any length
 
 NOT_IMPLEMENTED: dict[str, tuple[JsonValue, ...]] = {
     # field: the values, besides null, that ask for nothing
-    "echo": (False,),
     "suffix": ("",),
-    "prompt_logprobs": (),
-    "logit_bias": ({},),
-    "min_tokens": (0,),
-    "response_format": ({"type": "text"},),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "parallel_tool_calls": (True, False),
@@ -69,8 +70,6 @@ NOT_IMPLEMENTED: dict[str, tuple[JsonValue, ...]] = {
     "prediction": (),
     "web_search_options": (),
     "verbosity": (),
-    "cache_salt": (),
-    "priority": (0,),
 }
 _NOT_IMPLEMENTED_IN_MESSAGES: dict[str, tuple[JsonValue, ...]] = {
     # What an assistant message of an earlier answer brings back.
@@ -103,6 +102,22 @@ def _plain_json(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
     return value
 
 
+def _parse_logit_bias(value: object) -> dict[int, float]:
+    """JSON has strings alone for keys: ``{"1234": -100}``."""
+    if not isinstance(value, dict):
+        raise ValueError("it must be an object of token ids and what is added to their logits")
+    if len(value) > MAX_BIASED_TOKENS:
+        raise ValueError(f"it must have at most {MAX_BIASED_TOKENS} token ids, not {len(value)}")
+    biases = {}
+    for key, bias in value.items():
+        if _TOKEN_ID.fullmatch(key) is None or int(key) > _INT32:
+            raise ValueError(f"its keys must be token ids, and {_quote(key)} is none")
+        if type(bias) not in (int, float) or not -100 <= bias <= 100:  # NaN is not either
+            raise ValueError(f"the bias of {key} is {_quote(bias)}; it must be in [-100, 100]")
+        biases[int(key)] = float(bias)
+    return biases
+
+
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -118,6 +133,16 @@ _Metadata = Annotated[
     Field(max_length=16),
 ]
 TokenIds = list[int]
+_Choice = Annotated[Text, Field(min_length=1)]
+_GUIDES = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+
+
+def _as_schema_text(value: object) -> str:
+    if isinstance(value, str):
+        return _encodable(value)
+    if isinstance(value, dict):
+        return json.dumps(_plain_json(value))
+    raise ValueError("it must be a JSON schema: an object, or its text")
 
 
 def _parse_prompts(value: object) -> list[str | TokenIds]:
@@ -171,6 +196,44 @@ class StreamOptions(_Body):
         return _without_neutral(value, _NOT_IMPLEMENTED_IN_STREAM_OPTIONS)
 
 
+class JsonSchemaFormat(_Body):
+    """The schema of a ``response_format``.
+
+    Attributes:
+        name: The client's name for it; nothing depends on it.
+        description: Likewise.
+        schema_: ``schema`` in JSON.
+        strict: An answer always matches, so that false, "try to", asks for no less.
+    """
+
+    name: Annotated[str, Field(pattern=_SCHEMA_NAME)]
+    description: Text | None = None
+    schema_: Annotated[_JsonObject, Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    """What an answer has to be.
+
+    Attributes:
+        type: Any text, any JSON object, or JSON that matches a schema.
+        json_schema: Only with that type, and then required.
+    """
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            message = "response_format.json_schema is required with type 'json_schema'"
+            raise _fault("json_schema", message, "missing_field")
+        if self.type != "json_schema" and self.json_schema is not None:
+            message = f"response_format.json_schema is not allowed with type {self.type!r}"
+            raise _fault("json_schema", message)
+        return self
+
+
 class GenerationRequest(_Body):
     """The fields that both kinds of request have. None takes the model's or OpenAI's default.
 
@@ -186,6 +249,15 @@ class GenerationRequest(_Body):
         temperature, top_p, top_k, min_p: Sampling; top_k 0 and -1 mean off.
         frequency_penalty, presence_penalty, repetition_penalty: As SamplingParams has them.
         max_tokens: Most tokens of an answer.
+        min_tokens: Fewest, as SamplingParams has it.
+        logit_bias: Token id -> what is added to its logit.
+        prompt_logprobs: How many of the likeliest tokens to report per token of the prompt.
+        response_format: What an answer has to be.
+        guided_json, guided_regex, guided_choice, guided_grammar: At most one of them: a schema, as
+            an object or as text, a regular expression, strings or a grammar that it must match.
+        cache_salt: Prompts share their KV cache under the same salt only.
+        priority: Lower starts earlier.
+        timeout: Seconds after which the request fails.
         ignore_eos: Go on past the model's end-of-sequence tokens.
         skip_special_tokens: Leave special tokens out of the text.
         truncate_prompt_tokens: Keep this many last tokens of a prompt.
@@ -212,6 +284,19 @@ class GenerationRequest(_Body):
     presence_penalty: _Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=1e-6, le=1e6)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    logit_bias: Annotated[dict[int, float], PlainValidator(_parse_logit_bias)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: Annotated[str, BeforeValidator(_as_schema_text)] | None = None
+    guided_regex: Text | None = None
+    guided_choice: Annotated[list[_Choice], Field(min_length=1, max_length=MAX_CHOICE_STRINGS)] | (
+        None
+    ) = None
+    guided_grammar: Text | None = None
+    cache_salt: Annotated[Text, Field(min_length=1, max_length=1024)] | None = None
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    timeout: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_S)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=1, le=_INT32)] | None = None
@@ -228,10 +313,34 @@ class GenerationRequest(_Body):
         """Whether a stream ends with a usage chunk."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    @property
+    def guided_decoding(self) -> tuple[str, GuidedDecodingParams] | None:
+        """The field that says what an answer must match, and what that is; None for anything."""
+        if self.guided_json is not None:
+            return "guided_json", GuidedDecodingParams(json=self.guided_json)
+        if self.guided_regex is not None:
+            return "guided_regex", GuidedDecodingParams(regex=self.guided_regex)
+        if self.guided_choice is not None:
+            return "guided_choice", GuidedDecodingParams(choice=tuple(self.guided_choice))
+        if self.guided_grammar is not None:
+            return "guided_grammar", GuidedDecodingParams(grammar=self.guided_grammar)
+        if self.response_format is None or self.response_format.type == "text":
+            return None
+        if (asked := self.response_format.json_schema) is not None:
+            return "response_format", GuidedDecodingParams(json=json.dumps(asked.schema_))
+        return "response_format", GuidedDecodingParams(json_object=True)
+
     @model_validator(mode="after")
-    def _check_stream_options(self) -> GenerationRequest:
+    def _check_together(self) -> GenerationRequest:
         if self.stream_options is not None and not self.stream:
             raise _fault("stream_options", "stream_options is only allowed with stream")
+        if self.prompt_logprobs is not None and self.stream:
+            raise _fault("prompt_logprobs", "prompt_logprobs is not allowed with stream")
+        guides = [name for name in _GUIDES if getattr(self, name) is not None]
+        if self.response_format is not None and self.response_format.type != "text":
+            guides.append("response_format")
+        if len(guides) > 1:
+            raise _fault(guides[0], f"{' and '.join(guides)} exclude each other; give one of them")
         return self
 
 
@@ -241,12 +350,14 @@ class CompletionRequest(GenerationRequest):
     Attributes:
         prompt: One or several texts or token-id lists; whatever form came in, a list of prompts.
         logprobs: How many of the likeliest tokens to report per position, besides the drawn one.
+        echo: Begin each answer with its prompt; with ``logprobs``, with the prompt's too.
         best_of: Only ``n`` of it: no ranking is implemented.
         add_special_tokens: Let the tokenizer add its own (BOS) to prompts given as text.
     """
 
     prompt: Annotated[list[str | TokenIds], PlainValidator(_parse_prompts)]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool | None = None
     best_of: int | None = None
     add_special_tokens: bool | None = None
 
@@ -394,6 +505,8 @@ def _first_fault(fault: ErrorDetails) -> InvalidRequestError:
         return InvalidRequestError(f"{name} is required", param=param, code="missing_field")
     if kind == "model_type" and not param:
         return InvalidRequestError("the body must be a JSON object", code="invalid_value")
+    if kind == "model_type":
+        message = "it must be an object"
     message = _SUBJECT.sub(r"it must \1", message.removeprefix("Value error, "))
     message = message.replace(" after validation", "")
     return InvalidRequestError(

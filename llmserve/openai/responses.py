@@ -41,14 +41,14 @@ class CompletionLogprobs(msgspec.Struct, kw_only=True):
 
     Attributes:
         tokens: The tokens' texts; ``bytes:\\xe2\\x82`` for one that is no whole UTF-8.
-        token_logprobs: Of the tokens drawn.
-        top_logprobs: The likeliest tokens and the drawn one, by text.
-        text_offset: Where a token begins in the answer, in characters.
+        token_logprobs: Of the tokens; None for the first one of a prompt, which nothing precedes.
+        top_logprobs: The likeliest tokens and the one that stands there, by text; None likewise.
+        text_offset: Where a token begins in the choice's text, in characters.
     """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -75,6 +75,18 @@ class ChatLogprobs(msgspec.Struct, kw_only=True):
     content: list[ChatTokenLogprob]
 
 
+class PromptLogprob(msgspec.Struct, kw_only=True):
+    """Of one of the likeliest tokens at a position of a prompt, or of the one that stands there."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs: TypeAlias = list[dict[str, PromptLogprob] | None]
+"""Per token of a prompt by token id, in vLLM's shape: None for the first."""
+
+
 class CompletionChoice(msgspec.Struct, kw_only=True):
     """One answer, or in a stream one piece of it."""
 
@@ -85,6 +97,7 @@ class CompletionChoice(msgspec.Struct, kw_only=True):
     stop_reason: str | int | UnsetType | None = UNSET
     token_ids: list[int] | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, kw_only=True):
@@ -127,6 +140,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Delta(msgspec.Struct, kw_only=True):

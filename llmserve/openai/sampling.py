@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llmserve.core.sampling_params import SamplingParams
-from llmserve.errors import InvalidRequestError
 from llmserve.openai.protocol import GenerationRequest
 from llmserve.tokenizer import GenerationConfig
 
@@ -16,28 +15,22 @@ def to_sampling_params(
     request: GenerationRequest,
     defaults: GenerationConfig,
     *,
-    vocab_size: int,
     max_tokens: int | None,
     logprobs: int | None,
+    prompt_logprobs: int | None,
 ) -> SamplingParams:
     """Translate a request.
 
     Args:
         request: What the client set wins.
         defaults: Where the client set nothing; then OpenAI's, which is temperature 1.
-        vocab_size: Bounds stop_token_ids.
         max_tokens: None fills the context.
-        logprobs: As SamplingParams has it.
+        logprobs, prompt_logprobs: As SamplingParams has them.
 
     Raises:
-        InvalidRequestError: A value that the schema cannot judge: an id outside the vocabulary.
+        InvalidRequestError: Values that do not go together.
     """
-    for token_id in request.stop_token_ids or ():
-        if token_id >= vocab_size:
-            raise InvalidRequestError(
-                f"stop_token_ids has {token_id}; ids must be in [0, {vocab_size})",
-                param="stop_token_ids",
-            )
+    guide = request.guided_decoding
     sampling = {"temperature": _OPENAI_TEMPERATURE, **defaults.sampling_defaults()}
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
         given = getattr(request, name)
@@ -49,7 +42,11 @@ def to_sampling_params(
         seed=request.seed,
         presence_penalty=request.presence_penalty or 0.0,
         frequency_penalty=request.frequency_penalty or 0.0,
+        min_tokens=request.min_tokens or 0,
+        logit_bias=tuple((request.logit_bias or {}).items()),
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        guided_decoding=None if guide is None else guide[1],
         n=request.n or 1,
         stop=tuple(request.stop or ()),
         stop_token_ids=tuple(request.stop_token_ids or ()),

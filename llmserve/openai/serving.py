@@ -10,7 +10,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ import msgspec
 from pydantic import JsonValue
 
 from llmserve.checkpoint.quality_file import Quality, read_quality
+from llmserve.core.request import INTERACTIVE_PRIORITY
 from llmserve.core.sampling_params import SamplingParams
+from llmserve.engine.guided_decoding import check_guided_decoding
 from llmserve.errors import (
     CheckpointError,
     ContextLengthError,
@@ -29,7 +32,7 @@ from llmserve.errors import (
 )
 from llmserve.llm import AsyncLLM
 from llmserve.openai.errors import ModelNotFoundError, RouteNotFoundError, describe_error
-from llmserve.openai.generation import Generation
+from llmserve.openai.generation import Generation, Prompt
 from llmserve.openai.observer import RequestObserver, SilentObserver
 from llmserve.openai.protocol import (
     ChatCompletionRequest,
@@ -55,6 +58,8 @@ DEFAULT_COMPLETION_TOKENS = 16
 """``max_tokens`` of a completion that sets none: OpenAI's own."""
 # Text so long is tokenised in a thread: it would hold up every stream for a noticeable time.
 _LONG_TEXT_CHARS = 32_768
+# Grammars are checked one at a time and a bad one takes seconds: not in the threads of all else.
+_checks = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmserve-guided")
 
 ChunkT = TypeVar("ChunkT", bound=msgspec.Struct)
 ResponseT = TypeVar("ResponseT", bound=msgspec.Struct)
@@ -99,6 +104,9 @@ class OpenAIServing:
         llm: Generates.
         served_model_name: The name clients use.
         observer: Is told the times of every answer.
+        priority: Of requests that set none; lower starts earlier.
+        max_timeout_s: Most seconds that a request may take, and its timeout if it sets none; None
+            for no such limit.
     """
 
     def __init__(
@@ -106,10 +114,15 @@ class OpenAIServing:
         llm: AsyncLLM,
         served_model_name: str,
         observer: RequestObserver | None = None,
+        *,
+        priority: int = INTERACTIVE_PRIORITY,
+        max_timeout_s: float | None = None,
     ) -> None:
         self.llm = llm
         self.served_model_name = served_model_name
         self._observer = observer or SilentObserver()
+        self._priority = priority
+        self._max_timeout_s = max_timeout_s
         self._created = int(time.time())
         self._quality = _read_quality(llm.model_dir)
 
@@ -148,27 +161,30 @@ class OpenAIServing:
         Raises:
             InvalidRequestError: The body cannot be served as it is.
             EngineError: The engine takes no requests now, or failed.
+            RequestTimeoutError: The answer did not end in time.
         """
         arrival_s = time.perf_counter()
         request = parse_request(CompletionRequest, body)
-        self._check_model(request.model)
-        params = self._sampling_params(
-            request, request.max_tokens or DEFAULT_COMPLETION_TOKENS, request.logprobs
+        await self._check(request)
+        prompt_logprobs = request.prompt_logprobs
+        if request.echo and request.logprobs is not None:
+            prompt_logprobs = max(request.logprobs, prompt_logprobs or 0)
+        params = to_sampling_params(
+            request,
+            self.llm.generation_config,
+            max_tokens=request.max_tokens or DEFAULT_COMPLETION_TOKENS,
+            logprobs=request.logprobs,
+            prompt_logprobs=prompt_logprobs,
         )
         prompts = await self._encode_prompts(request)
         params_list = [params] * len(prompts)
         if request.max_tokens is None:
             limit = self.llm.engine.info.max_seq_len
-            params_list = [clamp_max_tokens(params, len(prompt), limit) for prompt in prompts]
+            params_list = [
+                clamp_max_tokens(params, len(prompt.token_ids), limit) for prompt in prompts
+            ]
         id, created = _new_id("cmpl", request, request_id)
-        generation = await Generation.open(
-            self.llm,
-            prompts,
-            params_list,
-            request_id=id,
-            arrival_s=arrival_s,
-            observer=self._observer,
-        )
+        generation = await self._generate(request, prompts, params_list, id, arrival_s)
         writer = CompletionWriter(
             request, self.llm.tokenizer, id=id, created=created, model=self.served_model_name
         )
@@ -182,22 +198,17 @@ class OpenAIServing:
         """``POST /v1/chat/completions``; as ``create_completion``."""
         arrival_s = time.perf_counter()
         request = parse_request(ChatCompletionRequest, body)
-        self._check_model(request.model)
-        params = self._sampling_params(
+        await self._check(request)
+        params = to_sampling_params(
             request,
-            request.max_completion_tokens or request.max_tokens,
-            (request.top_logprobs or 0) if request.logprobs else None,
+            self.llm.generation_config,
+            max_tokens=request.max_completion_tokens or request.max_tokens,
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            prompt_logprobs=request.prompt_logprobs,
         )
         prompt = await self._encode_chat(request)
         id, created = _new_id("chatcmpl", request, request_id)
-        generation = await Generation.open(
-            self.llm,
-            [prompt],
-            [params],
-            request_id=id,
-            arrival_s=arrival_s,
-            observer=self._observer,
-        )
+        generation = await self._generate(request, [Prompt(prompt)], [params], id, arrival_s)
         writer = ChatWriter(
             request, self.llm.tokenizer, id=id, created=created, model=self.served_model_name
         )
@@ -240,15 +251,43 @@ class OpenAIServing:
                 param="model",
             )
 
-    def _sampling_params(
-        self, request: GenerationRequest, max_tokens: int | None, logprobs: int | None
-    ) -> SamplingParams:
-        return to_sampling_params(
-            request,
-            self.llm.generation_config,
-            vocab_size=self.llm.engine.info.vocab_size,
-            max_tokens=max_tokens,
-            logprobs=logprobs,
+    async def _check(self, request: GenerationRequest) -> None:
+        """Refuse what the fields alone cannot judge, before a prompt is encoded."""
+        self._check_model(request.model)
+        limit = self._max_timeout_s
+        if limit is not None and request.timeout is not None and request.timeout > limit:
+            raise InvalidRequestError(
+                f"timeout is {request.timeout:g}; it must be at most {limit:g} on this server",
+                param="timeout",
+            )
+        if (guide := request.guided_decoding) is None:
+            return
+        field, guided_decoding = guide
+        loop = asyncio.get_running_loop()
+        try:
+            await loop.run_in_executor(_checks, check_guided_decoding, guided_decoding)
+        except InvalidRequestError as error:
+            sentence = str(error).replace("guided_decoding", field, 1)
+            raise InvalidRequestError(sentence, param=field, code=error.code) from error
+
+    async def _generate(
+        self,
+        request: GenerationRequest,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams],
+        id: str,
+        arrival_s: float,
+    ) -> Generation:
+        return await Generation.open(
+            self.llm,
+            prompts,
+            params,
+            request_id=id,
+            priority=self._priority if request.priority is None else request.priority,
+            timeout_s=self._max_timeout_s if request.timeout is None else request.timeout,
+            cache_salt=request.cache_salt,
+            arrival_s=arrival_s,
+            observer=self._observer,
         )
 
     def _check_length(self, request: GenerationRequest, text: str, param: str) -> None:
@@ -263,16 +302,17 @@ class OpenAIServing:
                 param=param,
             )
 
-    async def _encode_prompts(self, request: CompletionRequest) -> list[list[int]]:
-        def encode_prompt(prompt: str) -> list[int]:
-            self._check_length(request, prompt, "prompt")
-            return self.llm.tokenizer.encode(
-                prompt, add_special_tokens=request.add_special_tokens is not False
+    async def _encode_prompts(self, request: CompletionRequest) -> list[Prompt]:
+        def encode_prompt(text: str) -> Prompt:
+            self._check_length(request, text, "prompt")
+            token_ids = self.llm.tokenizer.encode(
+                text, add_special_tokens=request.add_special_tokens is not False
             )
+            return Prompt(token_ids, text)
 
-        def encode() -> list[list[int]]:
+        def encode() -> list[Prompt]:
             return [
-                encode_prompt(prompt) if isinstance(prompt, str) else prompt
+                encode_prompt(prompt) if isinstance(prompt, str) else Prompt(prompt)
                 for prompt in request.prompt
             ]
 

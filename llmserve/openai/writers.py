@@ -12,7 +12,11 @@ from typing import Generic, Literal, Protocol, TypeVar, cast
 from msgspec import UNSET, UnsetType
 
 from llmserve.llm import CompletionOutput, Logprob, RequestOutput
-from llmserve.openai.logprobs import CompletionLogprobsBuilder, build_chat_logprobs
+from llmserve.openai.logprobs import (
+    CompletionLogprobsBuilder,
+    build_chat_logprobs,
+    build_prompt_logprobs,
+)
 from llmserve.openai.protocol import ChatCompletionRequest, CompletionRequest
 from llmserve.openai.responses import (
     AssistantMessage,
@@ -23,9 +27,9 @@ from llmserve.openai.responses import (
     ChatLogprobs,
     Completion,
     CompletionChoice,
-    CompletionLogprobs,
     Delta,
     FinishReason,
+    PromptLogprobs,
     Usage,
 )
 from llmserve.tokenizer import Tokenizer
@@ -60,6 +64,10 @@ class CompletionWriter:
         self._id, self._created, self._model = id, created, model
         self._n = request.n or 1
         self._logprobs = request.logprobs
+        self._echo = bool(request.echo)
+        self._prompt_logprobs = request.prompt_logprobs
+        self._skip_special_tokens = request.skip_special_tokens is not False
+        self._truncated = request.truncate_prompt_tokens is not None
         self._token_ids = bool(request.return_token_ids)
         self._usage: UnsetType | None = None if request.include_usage else UNSET
         self._begun: set[int] = set()
@@ -77,16 +85,7 @@ class CompletionWriter:
                 continue
             if answer.finish_reason is not None:
                 self._ended.add(index)
-            choice = CompletionChoice(
-                index=index,
-                text=answer.text_diff,
-                logprobs=self._write_logprobs(index, answer.token_ids_diff, answer.logprobs_diff),
-                finish_reason=_finish_reason(answer),
-                stop_reason=_stop_reason(answer),
-                token_ids=list(answer.token_ids_diff) if self._token_ids else UNSET,
-                prompt_token_ids=self._prompt(output) if index not in self._begun else UNSET,
-            )
-            self._begun.add(index)
+            choice = self._choice(index, output, answer, whole=False)
             chunks.append(self._completion([choice], self._usage))
         return chunks
 
@@ -96,22 +95,63 @@ class CompletionWriter:
 
     def response(self, outputs: Sequence[RequestOutput], usage: Usage) -> Completion:
         """See ``Writer``."""
-        choices = []
-        for prompt_index, output in enumerate(outputs):
-            for answer in output.outputs:
-                index = prompt_index * self._n + answer.index
-                choices.append(
-                    CompletionChoice(
-                        index=index,
-                        text=answer.text,
-                        logprobs=self._write_logprobs(index, answer.token_ids, answer.logprobs),
-                        finish_reason=_finish_reason(answer),
-                        stop_reason=_stop_reason(answer),
-                        token_ids=list(answer.token_ids) if self._token_ids else UNSET,
-                        prompt_token_ids=self._prompt(output),
-                    )
-                )
+        choices = [
+            self._choice(prompt_index * self._n + answer.index, output, answer, whole=True)
+            for prompt_index, output in enumerate(outputs)
+            for answer in output.outputs
+        ]
         return self._completion(choices, usage)
+
+    def _choice(
+        self, index: int, output: RequestOutput, answer: CompletionOutput, *, whole: bool
+    ) -> CompletionChoice:
+        """A whole answer, or what a step brought; the first piece begins like a whole one."""
+        first = whole or index not in self._begun
+        self._begun.add(index)
+        if whole:
+            text, token_ids, logprobs = answer.text, answer.token_ids, answer.logprobs
+        else:
+            text, token_ids = answer.text_diff, answer.token_ids_diff
+            logprobs = answer.logprobs_diff
+        echo = self._echoed(output) if first and self._echo else ""
+        choice = CompletionChoice(
+            index=index,
+            text=echo + text,
+            logprobs=None,
+            finish_reason=_finish_reason(answer),
+            stop_reason=_stop_reason(answer),
+            token_ids=list(token_ids) if self._token_ids else UNSET,
+            prompt_token_ids=self._prompt(output) if first else UNSET,
+        )
+        if answer.index == 0:  # the n answers to a prompt have it in common
+            choice.prompt_logprobs = _prompt_logprobs(
+                self._tokenizer, self._prompt_logprobs, output
+            )
+        if self._logprobs is not None:
+            builder = self._builder(index, output, self._logprobs)
+            echoed = None
+            if first and self._echo:
+                echoed = builder.build_echo(answer.prompt_logprobs or (), len(echo))
+            choice.logprobs = builder.build(token_ids, logprobs or (), behind=echoed)
+        return choice
+
+    def _echoed(self, output: RequestOutput) -> str:
+        """The prompt as text: as it was sent, if it was text and all of it was read."""
+        if output.prompt is not None and not self._truncated:
+            return output.prompt
+        return self._tokenizer.decode(
+            output.prompt_token_ids, skip_special_tokens=self._skip_special_tokens
+        )
+
+    def _builder(self, index: int, output: RequestOutput, k: int) -> CompletionLogprobsBuilder:
+        if index not in self._builders:
+            self._builders[index] = CompletionLogprobsBuilder(
+                self._tokenizer,
+                k,
+                prompt_token_ids=output.prompt_token_ids,
+                skip_special_tokens=self._skip_special_tokens,
+            )
+        return self._builders[index]
 
     def _completion(
         self, choices: list[CompletionChoice], usage: Usage | UnsetType | None
@@ -122,20 +162,6 @@ class CompletionWriter:
 
     def _prompt(self, output: RequestOutput) -> list[int] | UnsetType:
         return list(output.prompt_token_ids) if self._token_ids else UNSET
-
-    def _write_logprobs(
-        self,
-        index: int,
-        token_ids: Sequence[int],
-        logprobs: Sequence[Mapping[int, Logprob]] | None,
-    ) -> CompletionLogprobs | None:
-        if self._logprobs is None:
-            return None
-        builder = self._builders.get(index)
-        if builder is None:
-            builder = CompletionLogprobsBuilder(self._tokenizer, self._logprobs)
-            self._builders[index] = builder
-        return builder.build(token_ids, logprobs or ())
 
 
 class ChatWriter:
@@ -152,6 +178,7 @@ class ChatWriter:
     ) -> None:
         self._tokenizer = tokenizer
         self._id, self._created, self._model = id, created, model
+        self._prompt_logprobs = request.prompt_logprobs
         self._top_logprobs = (request.top_logprobs or 0) if request.logprobs else None
         self._token_ids = bool(request.return_token_ids)
         self._usage: UnsetType | None = None if request.include_usage else UNSET
@@ -205,6 +232,7 @@ class ChatWriter:
             choices=choices,
             usage=usage,
             prompt_token_ids=list(output.prompt_token_ids) if self._token_ids else UNSET,
+            prompt_logprobs=_prompt_logprobs(self._tokenizer, self._prompt_logprobs, output),
         )
 
     def _first_chunks(self, output: RequestOutput) -> list[ChatCompletionChunk]:
@@ -239,6 +267,15 @@ class ChatWriter:
         if self._top_logprobs is None:
             return None
         return build_chat_logprobs(self._tokenizer, self._top_logprobs, token_ids, logprobs or ())
+
+
+def _prompt_logprobs(
+    tokenizer: Tokenizer, k: int | None, output: RequestOutput
+) -> PromptLogprobs | UnsetType:
+    if k is None:
+        return UNSET
+    logprobs = output.outputs[0].prompt_logprobs or ()
+    return build_prompt_logprobs(tokenizer, k, output.prompt_token_ids, logprobs)
 
 
 def _has_news(answer: CompletionOutput, *, tokens_matter: bool) -> bool:

@@ -8,7 +8,7 @@ from http import HTTPStatus
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from llmserve.errors import LlmserveError
+from llmserve.errors import LlmserveError, RequestTimeoutError
 from llmserve.openai.errors import (
     ApiError,
     AuthenticationError,
@@ -30,6 +30,9 @@ def error_response(error: BaseException) -> Response:
     headers = {}
     if described.retry_after_s is not None:
         headers["Retry-After"] = str(described.retry_after_s)
+    if isinstance(error, RequestTimeoutError):
+        # OpenAI's SDK sends again what got a 408, and the client's time for it has passed.
+        headers["X-Should-Retry"] = "false"
     if isinstance(error, AuthenticationError):
         headers["WWW-Authenticate"] = "Bearer"
     return Response(

@@ -155,7 +155,8 @@ async def run_server(
             return
         try:
             metrics.loaded(llm.engine.info.load_s)
-            state.loaded(OpenAIServing(llm, served_model_name, metrics))
+            timeout_s = settings.request_timeout_s
+            state.loaded(OpenAIServing(llm, served_model_name, metrics, max_timeout_s=timeout_s))
             on_ready(llm)
             await _unless(signals.stop, asyncio.shield(listening))
             await _drain(state, settings.drain_timeout_s, signals)

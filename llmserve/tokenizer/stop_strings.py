@@ -23,8 +23,14 @@ class StopStringMatcher:
         self._patterns = [_Pattern(text) for text in sorted(set(stop), key=len, reverse=True)]
         self._held = ""
 
-    def feed(self, text: str) -> str:
-        """Take the next piece of text and return what is certain to belong to the answer."""
+    def feed(self, text: str, *, may_end: bool = True) -> str:
+        """Take the next piece of text and return what is certain to belong to the answer.
+
+        Args:
+            text: What follows.
+            may_end: False passes over a stop string that is complete within this piece, as if it
+                were none; what it ends with may still begin another.
+        """
         if self.matched is not None:
             return ""
         if not self._patterns:
@@ -34,7 +40,10 @@ class StopStringMatcher:
             char = buffer[end - 1]
             # All patterns take the character, even after one has matched: the list is short.
             complete = [pattern for pattern in self._patterns if pattern.advance(char)]
-            if complete:
+            if complete and not may_end:
+                for pattern in complete:
+                    pattern.pass_over()
+            elif complete:
                 self.matched = complete[0].text
                 self._held = ""
                 return buffer[: end if self._include else end - len(self.matched)]
@@ -63,6 +72,10 @@ class _Pattern:
             self.state = self._fallback[self.state]
         self.state += self.text[self.state] == char
         return self.state == len(self.text)
+
+    def pass_over(self) -> None:
+        """Go on behind the whole stop string, of which the end may be the beginning of the next."""
+        self.state = self._fallback[self.state]
 
 
 @lru_cache(maxsize=256)  # the n answers to a prompt have the same stop strings

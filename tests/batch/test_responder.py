@@ -6,16 +6,19 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmserve.batch.format import seed_of
 from llmserve.batch.job import BatchResult, run_job
 from llmserve.batch.responder import EngineResponder
+from llmserve.core.request import BATCH_PRIORITY, INTERACTIVE_PRIORITY
 from llmserve.llm import AsyncLLM
 from llmserve.tokenizer import GenerationConfig, Tokenizer
 from tests.batch.jobs import MODEL, chat_line, make_job, read_lines, write_jobs
 from tests.engines import ScriptedEngine
+from tests.openai.models import ScoringEngine
 from tests.tokenizer_files import write_tokenizer
 
 
@@ -65,6 +68,29 @@ async def test_chat_and_completions_round_trip(tmp_path: Path) -> None:
     assert len(two["response"]["body"]["choices"]) == 2
     seeds = {request.sampling_params.seed for request in engine.requests}
     assert seeds == {11, seed_of("text"), seed_of("two")}
+
+
+async def test_lines_take_what_interactive_requests_leave(tmp_path: Path) -> None:
+    lines = [completion_line("plain", "one"), completion_line("urgent", "two", priority=-1)]
+    write_jobs(tmp_path / "jobs.jsonl", lines)
+    for backend, priority in (("native", BATCH_PRIORITY), ("tensorrt-llm", INTERACTIVE_PRIORITY)):
+        engine = ScriptedEngine()
+        engine._info = replace(engine.info, backend=backend)
+        await run_with(engine, tmp_path, output_path=tmp_path / f"{backend}.jsonl")
+        assert [request.priority for request in engine.requests] == [priority, -1]
+    assert BATCH_PRIORITY > INTERACTIVE_PRIORITY
+
+
+async def test_a_line_that_came_too_late_is_a_failed_one(tmp_path: Path) -> None:
+    lines = [completion_line("late", "one", timeout=3), completion_line("good", "two")]
+    write_jobs(tmp_path / "jobs.jsonl", lines)
+    engine = ScoringEngine()
+    result = await run_with(engine, tmp_path)
+    assert (result.total, result.failed) == (2, 1)
+    [late] = read_lines(tmp_path / "errors.jsonl")
+    assert late["response"]["status_code"] == 408
+    assert late["response"]["body"]["error"]["code"] == "timeout"
+    assert len(engine.requests) == 2  # and was not tried again
 
 
 async def test_a_requests_own_faults_go_to_the_error_file_and_are_not_tried_again(

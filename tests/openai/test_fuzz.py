@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from llmserve.openai.protocol import NOT_IMPLEMENTED, ChatCompletionRequest, CompletionRequest
 from llmserve.openai.serving import OpenAIServing
-from tests.engines import ScriptedEngine
-from tests.openai.models import MODEL, make_llm
+from tests.openai.models import MODEL, ScoringEngine, make_llm
 
 # What Python's own JSON reader can bring, which is more than JSON: NaN and lone surrogates too.
 TEXT = st.text(st.characters(codec=None), max_size=12)
@@ -71,6 +70,25 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
         WELL | st.sampled_from(["messages", "eos_token", "loop", "self"]), VALUES, max_size=2
     ),
     "return_token_ids": st.booleans(),
+    "echo": st.booleans(),
+    "prompt_logprobs": st.integers(0, 20),
+    "logit_bias": st.dictionaries(st.integers(0, 511).map(str), st.floats(-100, 100), max_size=3),
+    "min_tokens": st.integers(0, 20),
+    "cache_salt": WELL,
+    "priority": st.integers(-100, 100),
+    "timeout": st.floats(0.5, 20),
+    "response_format": st.sampled_from(
+        [
+            {"type": "text"},
+            {"type": "json_object"},
+            {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}},
+            {"type": "json_schema"},
+        ]
+    ),
+    "guided_json": st.sampled_from([{"type": "string"}, '{"type": "null"}', "no schema"]),
+    "guided_regex": st.sampled_from(["a+", "("]),
+    "guided_choice": st.sampled_from([["yes", "no"], [""]]),
+    "guided_grammar": st.sampled_from(['start: "a"', 'root ::= "a"', "::="]),
 }
 ODD: dict[str, st.SearchStrategy[Any]] = {"messages": ODD_MESSAGES}
 
@@ -95,10 +113,11 @@ def bodies(fields: set[str], required: tuple[str, ...]) -> st.SearchStrategy[Any
 
 def answer(url: str, body: Any) -> None:
     async def respond() -> None:
-        engine = ScriptedEngine()
+        engine = ScoringEngine()
         api = OpenAIServing(make_llm(engine), MODEL)
         got = await api.respond(url, body, "r")
-        assert got.status in (200, 400, 404), got
+        assert got.status in (200, 400, 404, 408), got
+        assert got.status != 408 or "timeout" in body
         assert got.status == 200 or set(got.body) == {"error"}
         msgspec.json.encode(got.body)
         assert not engine.open

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 
 import pytest
 
+from llmserve.core.sampling_params import GuidedDecodingParams
 from llmserve.errors import InvalidRequestError
 from llmserve.openai.protocol import (
+    MAX_BIASED_TOKENS,
     MAX_CHOICES,
     NOT_IMPLEMENTED,
     ChatCompletionRequest,
@@ -17,6 +20,7 @@ from llmserve.openai.protocol import (
 )
 
 MESSAGES = [{"role": "user", "content": "hi"}]
+SCHEMA_FORMAT = {"name": "answer", "schema": {"type": "object"}}
 
 
 def completion(**fields: object) -> CompletionRequest:
@@ -85,6 +89,58 @@ def test_other_prompts_are_refused(prompt: object) -> None:
         ("stream", [True, False], ["true", 1]),
         ("truncate_prompt_tokens", [1], [0, -1]),
         ("ignore_eos", [True], [1]),
+        ("echo", [True, False, None], [0, "true"]),
+        ("prompt_logprobs", [0, 20], [-1, 21, True]),
+        ("min_tokens", [0, 7], [-1, True, 1.0]),
+        ("cache_salt", ["tenant"], ["", 7, "x" * 1025, "\ud800"]),
+        ("priority", [-100, 0, 100], [-101, 101, 1.5, True]),
+        ("timeout", [0.001, 60, None], [0, -1, math.nan, math.inf, "1", 1e10]),
+        (
+            "logit_bias",
+            [{}, {"0": -100, "50256": 100.0}, None],
+            [
+                [],
+                {"x": 1},
+                {"-1": 1},
+                {"01": 1},
+                {"2147483648": 1},
+                {"1": 101},
+                {"1": -100.5},
+                {"1": True},
+                {"1": "2"},
+                {"1": None},
+                {"1": math.nan},
+                {str(i): 1 for i in range(MAX_BIASED_TOKENS + 1)},
+            ],
+        ),
+        (
+            "response_format",
+            [
+                {"type": "text"},
+                {"type": "json_object"},
+                {"type": "json_schema", "json_schema": SCHEMA_FORMAT},
+                {"type": "json_schema", "json_schema": {**SCHEMA_FORMAT, "strict": True}},
+                None,
+            ],
+            [
+                "json_object",
+                {},
+                {"type": "yaml"},
+                {"type": "json_object", "schema": {}},
+                {"type": "json_schema"},
+                {"type": "text", "json_schema": SCHEMA_FORMAT},
+                {"type": "json_schema", "json_schema": {"name": "n"}},
+                {"type": "json_schema", "json_schema": {"schema": {}}},
+                {"type": "json_schema", "json_schema": {**SCHEMA_FORMAT, "name": "a b"}},
+                {"type": "json_schema", "json_schema": {**SCHEMA_FORMAT, "schema": "x"}},
+                {"type": "json_schema", "json_schema": {**SCHEMA_FORMAT, "strict": 1}},
+                {"type": "json_schema", "json_schema": {**SCHEMA_FORMAT, "more": 1}},
+            ],
+        ),
+        ("guided_json", [{"type": "object"}, '{"type": "object"}'], [True, ["x"], {"a": math.inf}]),
+        ("guided_regex", ["a+", ""], [7, "\ud800"]),
+        ("guided_choice", [["yes", "no"]], [[], [""], "yes", [7], ["x"] * 1025]),
+        ("guided_grammar", ['start: "a"'], [7]),
         ("user", ["me"], [7]),
         ("metadata", [{"a": "b"}], [{"a": 1}, "x", {"a": "b" * 513}]),
     ],
@@ -166,6 +222,90 @@ def test_neutral_values_are_of_their_own_type() -> None:
         completion(min_tokens=False)
     with pytest.raises(InvalidRequestError):
         completion(echo=0)
+
+
+def test_a_fault_within_response_format_is_named() -> None:
+    for response_format, param in (
+        ("json_object", "response_format"),
+        ({"type": "yaml"}, "response_format.type"),
+        ({"type": "json_schema"}, "response_format.json_schema"),
+        (
+            {"type": "json_schema", "json_schema": {"name": "n"}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"type": "json_schema", "json_schema": {**SCHEMA_FORMAT, "name": "a b"}},
+            "response_format.json_schema.name",
+        ),
+    ):
+        with pytest.raises(InvalidRequestError) as caught:
+            chat(response_format=response_format)
+        assert caught.value.param == param
+        assert re.match(rf"{re.escape(param)} (is|is .*; it must .*)", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "guided_decoding"),
+    [
+        ({}, None, None),
+        ({"response_format": {"type": "text"}}, None, None),
+        (
+            {"response_format": {"type": "json_object"}},
+            "response_format",
+            GuidedDecodingParams(json_object=True),
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": SCHEMA_FORMAT}},
+            "response_format",
+            GuidedDecodingParams(json='{"type": "object"}'),
+        ),
+        (
+            {"guided_json": {"type": "null"}},
+            "guided_json",
+            GuidedDecodingParams(json='{"type": "null"}'),
+        ),
+        ({"guided_json": "text"}, "guided_json", GuidedDecodingParams(json="text")),
+        ({"guided_regex": "a+"}, "guided_regex", GuidedDecodingParams(regex="a+")),
+        (
+            {"guided_choice": ["a", "b"]},
+            "guided_choice",
+            GuidedDecodingParams(choice=("a", "b")),
+        ),
+        ({"guided_grammar": "g"}, "guided_grammar", GuidedDecodingParams(grammar="g")),
+        (
+            {"guided_regex": "a+", "response_format": {"type": "text"}, "logit_bias": {"1": 1}},
+            "guided_regex",
+            GuidedDecodingParams(regex="a+"),
+        ),
+    ],
+)
+def test_what_an_answer_must_match(
+    fields: dict[str, object], field: str | None, guided_decoding: GuidedDecodingParams | None
+) -> None:
+    for request in (completion(**fields), chat(**fields)):
+        expected = None if field is None else (field, guided_decoding)
+        assert request.guided_decoding == expected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"guided_regex": "a", "guided_choice": ["a"]},
+        {"guided_json": {}, "guided_grammar": "g"},
+        {"guided_regex": "a", "response_format": {"type": "json_object"}},
+    ],
+)
+def test_an_answer_matches_one_thing(fields: dict[str, object]) -> None:
+    with pytest.raises(InvalidRequestError, match="exclude each other") as caught:
+        chat(**fields)
+    assert caught.value.param in fields
+
+
+def test_prompt_logprobs_are_not_streamed() -> None:
+    completion(prompt_logprobs=1, stream=False)
+    with pytest.raises(InvalidRequestError) as caught:
+        completion(prompt_logprobs=1, stream=True)
+    assert caught.value.param == "prompt_logprobs"
 
 
 def test_best_of_is_n_or_nothing() -> None:

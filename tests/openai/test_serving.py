@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from llmserve.errors import ContextLengthError, EngineDeadError, EngineError, InvalidRequestError
+from llmserve.core.request import Request
+from llmserve.core.sampling_params import GuidedDecodingParams
+from llmserve.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    EngineError,
+    InvalidRequestError,
+    RequestTimeoutError,
+)
+from llmserve.llm import Logprob
 from llmserve.openai.errors import ModelNotFoundError
+from llmserve.openai.logprobs import CompletionLogprobsBuilder
 from llmserve.openai.observer import AnswerTimes
 from llmserve.openai.serving import ChunkStream, OpenAIServing
 from llmserve.tokenizer import Tokenizer
 from tests.engines import ScriptedEngine, fake_logprobs
-from tests.openai.models import MODEL, make_llm, says, tokenizer
+from tests.openai.models import MODEL, ScoringEngine, make_llm, says, tokenizer
+from tests.tokenizer_files import BOS_ID, IM_START_ID, write_metaspace_tokenizer
 
 TEXT = "the quick brown fox, wörld €uro!"
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -28,6 +41,12 @@ def serving(engine: ScriptedEngine | None = None, **generation_config: Any) -> O
 
 def echo(request: Any) -> list[int]:
     return list(request.prompt_token_ids)
+
+
+def _requests(api: OpenAIServing) -> list[Request]:
+    engine = api.llm.engine
+    assert isinstance(engine, ScriptedEngine)
+    return engine.requests
 
 
 async def complete(api: OpenAIServing, **fields: Any) -> dict[str, Any]:
@@ -278,19 +297,295 @@ async def test_every_sampling_field_arrives() -> None:
         stop_token_ids=[5],
         ignore_eos=True,
         max_tokens=3,
+        min_tokens=2,
+        logit_bias={"7": -100, "9": 2.5},
+        prompt_logprobs=4,
+        cache_salt="mine",
+        priority=-3,
+        timeout=20,
     )
     request = engine.requests[0]
+    assert (request.cache_salt, request.priority, request.timeout_s) == ("mine", -3, 20)
     params = request.sampling_params
     assert (params.seed, params.min_p, params.max_tokens) == (7, 0.1, 3)
     assert (params.frequency_penalty, params.presence_penalty) == (0.2, 0.3)
     assert (params.repetition_penalty, params.stop_token_ids) == (1.1, (5,))
+    assert (params.min_tokens, params.prompt_logprobs) == (2, 4)
+    assert params.logit_bias == ((7, -100.0), (9, 2.5))
     assert request.eos_token_ids == ()
 
 
-async def test_stop_token_ids_outside_the_vocabulary() -> None:
+async def test_ids_outside_the_vocabulary() -> None:
+    for fields in ({"stop_token_ids": [512]}, {"logit_bias": {"1": 1, "512": 1}}):
+        with pytest.raises(
+            InvalidRequestError, match=r"has 512; ids must be in \[0, 512\)"
+        ) as caught:
+            await complete(serving(), **fields)
+        assert {caught.value.param} == fields.keys()
+
+
+async def test_min_tokens_beyond_max_tokens() -> None:
+    for fields in ({"max_tokens": 3, "min_tokens": 4}, {"min_tokens": 17}):
+        with pytest.raises(InvalidRequestError) as caught:
+            await complete(serving(), **fields)
+        assert caught.value.param == "min_tokens"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_stop_string_before_min_tokens_is_passed_over(streamed: bool) -> None:
+    text = "one two one two"
+    tokens = tokenizer().encode(text)
+    engine = says(text, tokens_per_output=3)
+    num_first = next(i for i in range(20) if "one" in tokenizer().decode(tokens[:i]))
+    for min_tokens, expected in ((0, ""), (num_first, ""), (num_first + 1, "one two ")):
+        fields = {"stop": "one", "min_tokens": min_tokens}
+        if streamed:
+            chunks = await stream(serving(engine), "completion", **fields)
+            got = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+        else:
+            got = (await complete(serving(engine), **fields))["choices"][0]["text"]
+        assert got == expected
+
+
+# --- guided decoding -----------------------------------------------------------------------------
+
+
+async def test_what_an_answer_must_match_reaches_the_engine() -> None:
+    engine = says("a")
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    json_schema = {"name": "n", "schema": schema, "strict": True}
+    await chat(serving(engine), response_format={"type": "json_schema", "json_schema": json_schema})
+    await complete(serving(engine), guided_choice=["a", "b"])
+    first, second = (request.sampling_params.guided_decoding for request in engine.requests)
+    assert first is not None
+    assert json.loads(first.json or "") == schema
+    assert second == GuidedDecodingParams(choice=("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("guided_regex", "("),
+        ("guided_grammar", "start: nothing"),
+        ("guided_json", '{"type": "strin'),
+        ("guided_json", {"type": "wrong"}),
+        (
+            "response_format",
+            {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "wrong"}}},
+        ),
+    ],
+)
+async def test_what_no_answer_can_match_is_refused_by_its_field(field: str, value: object) -> None:
+    engine = says("a")
     with pytest.raises(InvalidRequestError) as caught:
-        await complete(serving(), stop_token_ids=[512])
-    assert caught.value.param == "stop_token_ids"
+        await complete(serving(engine), **{field: value})
+    assert caught.value.param == field
+    assert str(caught.value).startswith(field)
+    assert not engine.requests
+
+
+# --- echo and log-probabilities of the prompt ----------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["Hi  wörld ", "hi<|im_end|> you"])
+async def test_echo_is_the_prompt_as_it_was_sent(prompt: str) -> None:
+    api = serving(says(" and on"))
+    answer = await complete(api, prompt=[prompt, "x"], echo=True, n=2, max_tokens=50)
+    texts = [choice["text"] for choice in answer["choices"]]
+    assert texts == [f"{prompt} and on"] * 2 + ["x and on"] * 2
+    pieces = await stream(api, "completion", prompt=prompt, echo=True, n=2, max_tokens=50)
+    for index in range(2):
+        mine = [c["choices"][0]["text"] for c in pieces if c["choices"][0]["index"] == index]
+        assert mine[0].startswith(prompt)
+        assert "".join(mine) == f"{prompt} and on"
+    assert all(request.sampling_params.prompt_logprobs is None for request in _requests(api))
+
+
+async def test_echo_of_token_ids_is_their_text() -> None:
+    api = serving(says("!"))
+    ids = tokenizer().encode("hello world")
+    answer = await complete(api, prompt=[IM_START_ID, *ids], echo=True)
+    assert answer["choices"][0]["text"] == "hello world!"
+    whole = await complete(api, prompt=[IM_START_ID, *ids], echo=True, skip_special_tokens=False)
+    assert whole["choices"][0]["text"] == "<|im_start|>hello world!"
+    # What was cut off is not there.
+    cut = await complete(api, prompt="hello world", truncate_prompt_tokens=1, echo=True)
+    assert cut["choices"][0]["text"] == tokenizer().decode(ids[-1:]) + "!"
+
+
+async def test_echo_with_logprobs_as_lm_evaluation_harness_asks_for_it() -> None:
+    """Its local-completions backend: token ids in, and what it reads of the answer."""
+    engine = ScoringEngine()
+    prompts = [[BOS_ID, *tokenizer().encode("the quick brown fox")], tokenizer().encode("wörld")]
+    answer = await complete(
+        serving(engine),
+        prompt=prompts,
+        temperature=0,
+        max_tokens=1,
+        logprobs=1,
+        seed=1234,
+        echo=True,
+    )
+    assert len(answer["choices"]) == 2
+    for choice, prompt in zip(answer["choices"], prompts, strict=True):
+        logprobs = choice["logprobs"]
+        # The engine repeats the prompt.
+        token_ids = [*prompt, prompt[0]]
+        assert {len(logprobs[key]) for key in logprobs} == {len(token_ids)}
+        assert logprobs["token_logprobs"][0] is None
+        assert logprobs["top_logprobs"][0] is None
+        expected = [fake_logprobs(token_id, 1, 512).logprob for token_id in token_ids]
+        assert logprobs["token_logprobs"][1:] == expected[1:]
+        for own, top in zip(
+            logprobs["token_logprobs"][1:], logprobs["top_logprobs"][1:], strict=True
+        ):
+            assert own == max(top.values())  # which is what "greedy" is to it
+    assert {request.sampling_params.prompt_logprobs for request in engine.requests} == {1}
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_offsets_are_those_of_the_whole_text(as_text: bool, streamed: bool) -> None:
+    text = "so, wörld €uro"
+    prompt = tokenizer().encode(text)
+    api = serving(says(" the fox", tokens_per_output=2))
+    fields: dict[str, Any] = {"prompt": text if as_text else [BOS_ID, *prompt]}
+    fields |= {"logprobs": 2, "echo": True, "max_tokens": 50}
+    if streamed:
+        pieces = [c["choices"][0] for c in await stream(api, "completion", **fields)]
+    else:
+        pieces = (await complete(api, **fields))["choices"]
+    whole = "".join(piece["text"] for piece in pieces)
+    assert whole == f"{text} the fox"
+    logprobs = {
+        key: [x for piece in pieces for x in piece["logprobs"][key]]
+        for key in ("tokens", "text_offset", "token_logprobs")
+    }
+    special = ("<|bos|>", "<|im_end|>", "<|endoftext|>")
+    num_tokens = 0
+    for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+        if not token.startswith("bytes:") and token not in special:
+            assert whole[offset:].startswith(token), (token, offset)
+            num_tokens += 1
+    assert num_tokens > 5
+    assert logprobs["token_logprobs"].count(None) == 1
+
+
+async def test_offsets_behind_a_prompt_that_decodes_to_another_text() -> None:
+    text = "hi<|im_end|> you"  # a special token is sent as text, and is none when it is decoded
+    answer = await complete(
+        serving(says(" the fox")), prompt=text, echo=True, logprobs=0, max_tokens=50
+    )
+    (choice,) = answer["choices"]
+    num_prompt = answer["usage"]["prompt_tokens"]
+    offsets = choice["logprobs"]["text_offset"]
+    assert offsets == sorted(offsets)
+    assert offsets[num_prompt] == len(text)
+    spoken = list(zip(choice["logprobs"]["tokens"], offsets, strict=True))[num_prompt:-1]
+    assert all(choice["text"][offset:].startswith(token) for token, offset in spoken)
+
+
+def test_offsets_where_decoding_takes_a_space_away(tmp_path: Path) -> None:
+    """In sentencepiece's manner the first token of a text begins with a space that is none."""
+    metaspace = Tokenizer.from_directory(write_metaspace_tokenizer(tmp_path))
+    prompt, said = metaspace.encode("hello world"), metaspace.encode("hello")
+    builder = CompletionLogprobsBuilder(
+        metaspace, 0, prompt_token_ids=prompt, skip_special_tokens=True
+    )
+    own = [{token_id: Logprob(-1.0, 1)} for token_id in [*prompt, *said]]
+    echoed = builder.build_echo(own[1 : len(prompt)], len("hello world"))
+    whole = builder.build(said, own[len(prompt) :], behind=echoed)
+    text = metaspace.decode([*prompt, *said])
+    for position in range(len(prompt) + len(said)):
+        assert whole.text_offset[position] == len(metaspace.decode([*prompt, *said][:position]))
+    assert text.startswith("hello world")
+
+
+async def test_prompt_logprobs_in_vllms_shape() -> None:
+    prompt = tokenizer().encode("hi you")
+    api = serving(says("a"))
+    answer = await complete(api, prompt=[prompt, prompt[:1]], prompt_logprobs=2, n=2)
+    first, other, lonely, _ = answer["choices"]
+    assert "prompt_logprobs" not in other  # it is the same
+    assert lonely["prompt_logprobs"] == [None]
+    told = first["prompt_logprobs"]
+    assert told[0] is None
+    for token_id, position in zip(prompt[1:], told[1:], strict=True):
+        expected = fake_logprobs(token_id, 2, 512)
+        assert position == {
+            str(i): {
+                "logprob": logprob,
+                "rank": rank,
+                "decoded_token": tokenizer().token_to_bytes(i).decode(errors="replace"),
+            }
+            for rank, (i, logprob) in enumerate(
+                zip(expected.top_token_ids, expected.top_logprobs, strict=True), 1
+            )
+        }
+    msgspec.json.encode(answer)
+    chatted = await chat(api, prompt_logprobs=0)
+    ids = tokenizer().encode(CHAT_PROMPT, add_special_tokens=False)
+    assert [list(position) for position in chatted["prompt_logprobs"][1:]] == [
+        [str(token_id)] for token_id in ids[1:]
+    ]
+    assert "prompt_logprobs" not in chatted["choices"][0]
+
+
+async def test_echoed_logprobs_and_prompt_logprobs_have_their_own_numbers() -> None:
+    engine = ScoringEngine()
+    answer = await complete(
+        serving(engine), prompt="hi you", echo=True, logprobs=1, prompt_logprobs=3, max_tokens=1
+    )
+    assert engine.requests[0].sampling_params.prompt_logprobs == 3
+    (choice,) = answer["choices"]
+    assert {len(top) for top in choice["logprobs"]["top_logprobs"][1:]} == {1}
+    assert {len(position) for position in choice["prompt_logprobs"][1:]} == {3}
+
+
+# --- timeouts and priorities ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_a_timeout_is_an_error_of_its_own(streamed: bool) -> None:
+    notes = Notes()
+    # One of the prompts has ended by then.
+    engine = ScoringEngine(lambda request: [9] * (2 if request.prompt_token_ids[0] == 7 else 50))
+    api = OpenAIServing(make_llm(engine), MODEL, notes)
+    fields: dict[str, Any] = {"prompt": [[7], [8], [9]], "max_tokens": 50, "timeout": 5}
+    with pytest.raises(RequestTimeoutError, match="timeout of 5 s"):
+        await (stream(api, "completion", **fields) if streamed else complete(api, **fields))
+    assert not engine.open
+    assert sorted(times.finish_reason for times in notes.times) == ["stop", "timeout", "timeout"]
+
+
+async def test_a_timeout_has_a_status() -> None:
+    api = serving(ScoringEngine())
+    body = {"model": MODEL, "prompt": "hi", "timeout": 2, "n": 3}
+    answer = await api.respond("/v1/completions", body, "r")
+    assert answer.status == 408
+    error = answer.body["error"]
+    assert isinstance(error, dict)
+    assert (error["type"], error["code"]) == ("timeout_error", "timeout")
+
+
+async def test_a_server_may_bound_timeouts() -> None:
+    engine = says("a")
+    api = OpenAIServing(make_llm(engine), MODEL, max_timeout_s=30)
+    await complete(api)
+    await complete(api, timeout=12)
+    assert [request.timeout_s for request in engine.requests] == [30, 12]
+    with pytest.raises(InvalidRequestError, match="timeout is 31; it must be at most 30") as caught:
+        await complete(api, timeout=31)
+    assert caught.value.param == "timeout"
+
+
+async def test_priority_is_the_clients_or_the_servings() -> None:
+    engine = says("a")
+    api = OpenAIServing(make_llm(engine), MODEL, priority=10)
+    await complete(api)
+    await chat(api, priority=0)
+    await complete(serving(engine))
+    assert [request.priority for request in engine.requests] == [10, 0, 0]
 
 
 async def test_add_generation_prompt_and_continue_final_message() -> None:

@@ -21,7 +21,7 @@ from llmserve.server.metrics import Metrics
 from llmserve.server.settings import ServerSettings
 from llmserve.server.state import ServingState
 from tests.engines import ScriptedEngine
-from tests.openai.models import MODEL, make_llm, says
+from tests.openai.models import MODEL, ScoringEngine, make_llm, says
 
 COMPLETION = {"model": MODEL, "prompt": "hi"}
 MEASUREMENT = Measurement(
@@ -87,6 +87,21 @@ async def test_answers(server: Server) -> None:
     assert response.json()["choices"][0]["message"]["content"] == "one two"
 
 
+async def test_a_timeout_is_a_408_that_the_sdk_does_not_send_again() -> None:
+    server = Server(ScoringEngine()).load()
+    async with server.client as client:
+        response = await client.post("/v1/completions", json={**COMPLETION, "timeout": 5})
+        error = check_error(response, 408, "timeout")
+        assert "5 s" in error["message"]
+        assert response.headers["x-should-retry"] == "false"
+        body = {**COMPLETION, "timeout": 5, "stream": True}
+        response = await client.post("/v1/completions", json=body)
+    assert response.status_code == 200  # said with the first token
+    *chunks, last, _ = response.text.split("\n\n")
+    assert len(chunks) == 5
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
+
+
 async def test_a_stream(server: Server) -> None:
     response = await server.client.post("/v1/chat/completions", json={**CHAT, "stream": True})
     assert response.status_code == 200
@@ -137,7 +152,10 @@ async def test_bodies_that_are_wrong(
         ({"temperature": "1"}, "invalid_value", "temperature"),
         ({"n": True}, "invalid_value", "n"),
         ({"colour": "blue"}, "unknown_field", "colour"),
-        ({"echo": True}, "unsupported", "echo"),
+        ({"suffix": "end"}, "unsupported", "suffix"),
+        ({"guided_regex": "("}, "invalid_value", "guided_regex"),
+        ({"logit_bias": {"512": 1}}, "invalid_value", "logit_bias"),
+        ({"min_tokens": 20, "max_tokens": 10}, "invalid_value", "min_tokens"),
         ({"max_tokens": 10**6}, "context_length_exceeded", "max_tokens"),
         ({"prompt": "long " * 10_000}, "context_length_exceeded", "prompt"),
         ({"prompt": ""}, "invalid_value", "prompt"),

@@ -18,7 +18,7 @@ from llmserve.llm import AsyncLLM
 from llmserve.server.run import bind
 from llmserve.server.settings import ServerSettings
 from tests.engines import ScriptedEngine
-from tests.openai.models import MODEL, make_llm, says
+from tests.openai.models import MODEL, ScoringEngine, make_llm, says
 from tests.server.live import LiveServer, live_server, until
 
 TEXT = "the quick brown fox, wörld €uro!"
@@ -106,6 +106,30 @@ async def test_many_clients_and_one_in_four_leaves() -> None:
             await asyncio.gather(*(one(index) for index in range(64)))
         await until(lambda: not engine.open)
         assert len(engine.aborted) == 16
+
+
+async def test_a_servers_own_timeout_is_that_of_every_request() -> None:
+    engine = ScoringEngine()
+    async with live_server(make_llm(engine), ServerSettings(request_timeout_s=9)) as server:
+        response = await server.client.post("/v1/completions", json=LONG)
+        assert (response.status_code, response.json()["error"]["code"]) == (408, "timeout")
+        response = await server.client.post("/v1/completions", json={**LONG, "timeout": 9.5})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "timeout")
+    assert [request.timeout_s for request in engine.requests] == [9]
+
+
+async def test_the_sdk_does_not_send_again_what_came_too_late() -> None:
+    engine = ScoringEngine()
+    async with (
+        live_server(make_llm(engine)) as server,
+        openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=2) as client,
+    ):
+        with pytest.raises(openai.APIStatusError) as caught:
+            await client.completions.create(
+                model=MODEL, prompt="hi", max_tokens=50, extra_body={"timeout": 3}
+            )
+        assert caught.value.status_code == 408
+    assert len(engine.requests) == 1
 
 
 # --- streams -------------------------------------------------------------------------------------

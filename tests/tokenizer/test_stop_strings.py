@@ -13,9 +13,9 @@ from llmserve.tokenizer import StopStringMatcher
 STOPS = st.lists(st.text("ab", min_size=1, max_size=5), max_size=4)
 
 
-def cut(text: str, stop: list[str], include: bool) -> tuple[str, str | None]:
-    """The text up to its first stop string, and which it was."""
-    for end in range(1, len(text) + 1):
+def cut(text: str, stop: list[str], include: bool, least: int = 1) -> tuple[str, str | None]:
+    """The text up to the first stop string that ends at ``least`` or later, and which it was."""
+    for end in range(least, len(text) + 1):
         complete = [s for s in stop if text[:end].endswith(s)]
         if complete:
             longest = max(complete, key=len)
@@ -24,7 +24,7 @@ def cut(text: str, stop: list[str], include: bool) -> tuple[str, str | None]:
 
 
 def longest_possible_beginning(text: str, stop: list[str]) -> int:
-    """How many last characters of a text without a stop string may still become one."""
+    """How many last characters of a text may still become a stop string that is not there yet."""
     return max(
         (k for s in stop for k in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:k])),
         default=0,
@@ -50,6 +50,34 @@ def test_any_split_gives_what_the_whole_text_gives(pieces, stop, include):
             assert came_out == text
     came_out += matcher.flush()
     assert (came_out, matcher.matched) == cut(went_in, stop, include)
+
+
+@given(
+    early=st.lists(st.text("ab", max_size=6), max_size=6),
+    late=st.lists(st.text("ab", max_size=6), max_size=6),
+    stop=STOPS,
+    include=st.booleans(),
+)
+@example(early=["aa"], late=["a"], stop=["aa"], include=False)
+@example(early=["ab", "ab"], late=["", "a"], stop=["ab", "ba"], include=False)
+@example(early=["abab"], late=["a"], stop=["ababa", "bab"], include=True)
+def test_what_is_complete_too_early_is_passed_over(early, late, stop, include):
+    matcher = StopStringMatcher(stop, include_stop_str_in_output=include)
+    came_out, went_in = "", ""
+    for piece in early:
+        came_out += matcher.feed(piece, may_end=False)
+        went_in += piece
+        held = longest_possible_beginning(went_in, stop)
+        assert (matcher.matched, came_out) == (None, went_in[: len(went_in) - held])
+    num_early = len(went_in)
+    for piece in late:
+        came_out += matcher.feed(piece)
+        went_in += piece
+    came_out += matcher.flush()
+    text, found = cut(went_in, stop, include, least=num_early + 1)
+    assert matcher.matched == found
+    # What came out already, because a whole stop string in it was passed over, stays.
+    assert came_out == text
 
 
 def test_what_is_held_back_comes_out_at_the_end():

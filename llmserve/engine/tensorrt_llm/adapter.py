@@ -20,7 +20,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,8 @@ class _OpenRequest:
         queue: Whoever listens reads here; None once nobody does.
         reader: What of the result is read.
         aborted: TensorRT-LLM was asked to end it.
+        timer: Ends it when its timeout has passed; None if it has none.
+        timed_out: That has happened.
         task: Reads the result.
     """
 
@@ -73,6 +75,8 @@ class _OpenRequest:
     queue: asyncio.Queue[Output | LlmserveError] | None
     reader: AnswerReader
     aborted: bool = False
+    timer: asyncio.TimerHandle | None = None
+    timed_out: bool = False
     task: asyncio.Task[None] | None = None
 
 
@@ -134,6 +138,9 @@ class TensorRTLLMEngine(EngineLifecycle):
             self._some_open.set()
         self._open[request.request_id] = entry
         self._statistics.submitted(request)
+        if request.timeout_s is not None:
+            loop = asyncio.get_running_loop()
+            entry.timer = loop.call_later(request.timeout_s, self._time_out, entry)
         entry.task = asyncio.create_task(self._read(entry, loaded))
         return OutputStream(asyncio.get_running_loop(), queue, partial(self._leave, entry))
 
@@ -196,7 +203,10 @@ class TensorRTLLMEngine(EngineLifecycle):
         try:
             async for _ in entry.result:
                 self._heard_something = True
-                outputs = entry.reader.read(entry.result)
+                if entry.reader.reads_prompt_next(entry.result):
+                    outputs = await asyncio.to_thread(entry.reader.read, entry.result)
+                else:
+                    outputs = entry.reader.read(entry.result)
                 ended = bool(outputs) and outputs[-1].finish_reason is not None
                 if ended and not entry.result.finished:
                     self._abort(entry)  # a fault that only the reader has seen
@@ -230,6 +240,12 @@ class TensorRTLLMEngine(EngineLifecycle):
         except Exception as error:  # whatever it is, the LLM does not survive it
             self._die(f"TensorRT-LLM could not abort a request ({error})")
 
+    def _time_out(self, entry: _OpenRequest) -> None:
+        """Its time is over: end it, with what it has."""
+        if not entry.aborted:
+            entry.timed_out = True
+            self._abort(entry)
+
     def _leave(self, entry: _OpenRequest) -> None:
         """Nobody listens to this request any more."""
         entry.queue = None
@@ -247,7 +263,13 @@ class TensorRTLLMEngine(EngineLifecycle):
         if self._open.get(entry.request.request_id) is not entry:
             return
         del self._open[entry.request.request_id]
+        if entry.timer is not None:
+            entry.timer.cancel()
         reason = last.finish_reason if isinstance(last, Output) else FinishReason.ERROR
+        if entry.timed_out and isinstance(last, Output) and reason is FinishReason.ABORT:
+            reason = FinishReason.TIMEOUT
+            error = f"the timeout of {entry.request.timeout_s:g} s has passed"
+            last = replace(last, finish_reason=reason, error=error)
         assert reason is not None
         self._statistics.ended(entry.request, reason, entry.reader.num_cached_tokens)
         if entry.queue is not None:

@@ -31,6 +31,9 @@ class AnswerReader:
         self._eos_token_ids = frozenset(() if params.ignore_eos else request.eos_token_ids)
         self._enders = self._eos_token_ids | frozenset(params.stop_token_ids)
         self._num_logprobs = params.logprobs
+        self._num_prompt_logprobs = params.prompt_logprobs
+        self._prompt_is_read = False
+        self._prompt_logprobs: list[TokenLogprobs] | None = None  # read, and not handed out yet
         self.num_tokens = 0
         self.num_cached_tokens = 0
 
@@ -38,6 +41,13 @@ class AnswerReader:
         """What has come since the last call; the last Output has a finish_reason if it is over."""
         completion = result.outputs[0]
         self.num_cached_tokens = int(result.cached_tokens or 0)
+        if self.reads_prompt_next(result):
+            self._prompt_is_read = True
+            try:
+                self._prompt_logprobs = self._read_prompt(result.context_logits)
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                sentence = f"TensorRT-LLM gave logits of the prompt that do not fit: {error!r}"
+                return [self._output(finish_reason=FinishReason.ERROR, error=sentence)]
         token_ids = tuple(completion.token_ids[self.num_tokens :])
         logprobs = None
         if self._num_logprobs is not None:
@@ -53,8 +63,40 @@ class AnswerReader:
                 return [self._output(finish_reason=FinishReason.ERROR, error=sentence)]
         self.num_tokens += len(token_ids)
         if not result.finished:
-            return [self._output(token_ids, logprobs)] if token_ids else []
+            has_news = token_ids or self._prompt_logprobs is not None
+            return [self._output(token_ids, logprobs)] if has_news else []
         return self._last(token_ids, logprobs, completion)
+
+    def reads_prompt_next(self, result: Any) -> bool:
+        """Whether ``read`` now has the logits of the whole prompt to work on, which is slow."""
+        if self._num_prompt_logprobs is None or self._prompt_is_read:
+            return False
+        completion = result.outputs[0]
+        ended = result.finished and completion.finish_reason != "cancelled"
+        return bool(completion.token_ids) or ended
+
+    def _read_prompt(self, logits: Any) -> list[TokenLogprobs]:
+        """The prompt's log-probabilities, of its logits (tokens, vocabulary)."""
+        import torch  # TensorRT-LLM has brought it
+
+        token_ids = self._request.prompt_token_ids
+        if logits.ndim != 2 or logits.shape[0] != len(token_ids):
+            raise ValueError(f"shape {tuple(logits.shape)} for {len(token_ids)} tokens")
+        k = self._num_prompt_logprobs or 0
+        positions = []
+        # Row by row: all of a long prompt's at once in float32 would be gigabytes.
+        for row, token_id in zip(logits, token_ids[1:], strict=False):
+            logprobs = torch.log_softmax(row.float(), dim=-1)
+            top = logprobs.topk(k)
+            positions.append(
+                TokenLogprobs(
+                    logprob=logprobs[token_id].item(),
+                    rank=1 + int((logprobs > logprobs[token_id]).sum()),
+                    top_token_ids=tuple(top.indices.tolist()),
+                    top_logprobs=tuple(top.values.tolist()),
+                )
+            )
+        return positions
 
     def _last(
         self,
@@ -96,6 +138,7 @@ class AnswerReader:
         finish_reason: FinishReason | None = None,
         error: str | None = None,
     ) -> Output:
+        prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
         return Output(
             request_id=self._request.request_id,
             token_ids=token_ids,
@@ -103,6 +146,7 @@ class AnswerReader:
             finish_reason=finish_reason,
             error=error,
             num_cached_tokens=self.num_cached_tokens,
+            prompt_logprobs=prompt_logprobs,
         )
 
 

@@ -63,7 +63,9 @@ def load(
         abilities=Abilities(
             release=release,
             is_engine=model.is_engine,
-            logprobs=gathers or not model.is_engine,
+            vocab_size=model.vocab_size,
+            logprobs=gathers,
+            prompt_logprobs=model.gathers_context_logits,
             prompt_ignore_length="prompt_ignore_length" in fields,
         ),
     )
@@ -73,7 +75,8 @@ def _llm_arguments(api: Any, model: TensorRTLLMModel, config: EngineConfig) -> d
     cache = config.kv_cache
     cache_arguments: dict[str, Any] = {
         "enable_block_reuse": cache.enable_block_reuse,
-        "free_gpu_memory_fraction": cache.free_gpu_memory_fraction,
+        "enable_partial_reuse": cache.enable_partial_reuse,
+        "free_gpu_memory_fraction": cache.memory_fraction or cache.free_gpu_memory_fraction,
     }
     if cache.max_tokens is not None:
         cache_arguments["max_tokens"] = cache.max_tokens

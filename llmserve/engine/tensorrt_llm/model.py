@@ -39,6 +39,7 @@ class TensorRTLLMModel:
         tokens_per_block: Tokens of one KV block.
         chunked_prefill: A prompt may be computed over several steps.
         gathers_generation_logits: The engine was built for log-probabilities.
+        gathers_context_logits: Likewise for those of prompts.
         kv_bytes_per_token: K and V of one token over all layers and ranks.
         weights_bytes: Size of the weight files.
     """
@@ -56,6 +57,7 @@ class TensorRTLLMModel:
     tokens_per_block: int
     chunked_prefill: bool
     gathers_generation_logits: bool
+    gathers_context_logits: bool
     kv_bytes_per_token: int
     weights_bytes: int
 
@@ -117,6 +119,16 @@ def _refuse_settings(config: EngineConfig) -> None:
             f"device is {config.device!r}; TensorRT-LLM runs on the GPUs it finds: leave it out, "
             "and choose GPUs with CUDA_VISIBLE_DEVICES"
         )
+    if config.speculative is not None:
+        raise ConfigError(
+            f"speculative is {config.speculative}; for TensorRT-LLM speculation is fixed when the "
+            "engine is built: leave --speculative out"
+        )
+    if config.deterministic:
+        raise ConfigError(
+            "deterministic is True; TensorRT-LLM's kernels depend on the batch: leave "
+            "--deterministic out, or use the native backend on a CPU"
+        )
     if config.kv_cache.dtype != "auto":
         raise ConfigError(
             f"kv_cache_config.dtype is {config.kv_cache.dtype!r}; for TensorRT-LLM it is fixed by "
@@ -153,6 +165,7 @@ def _engine(directory: Path, data: Mapping[str, Any], config: EngineConfig) -> T
         chunked_prefill=config.enable_chunked_prefill
         and bool(plugins.get("use_paged_context_fmha", False)),
         gathers_generation_logits=bool(build.get("gather_generation_logits", False)),
+        gathers_context_logits=bool(build.get("gather_context_logits", False)),
         kv_bytes_per_token=_kv_bytes_per_token(
             layers=int(model["num_hidden_layers"]),
             kv_heads=int(model.get("num_key_value_heads") or heads),
@@ -187,7 +200,9 @@ def _huggingface(
         max_seq_len=_limit(config, "max_seq_len", int(model["max_position_embeddings"]), directory),
         tokens_per_block=config.kv_cache.tokens_per_block or default.tokens_per_block,
         chunked_prefill=config.enable_chunked_prefill,
-        gathers_generation_logits=False,
+        # It computes them whenever they are asked for.
+        gathers_generation_logits=True,
+        gathers_context_logits=True,
         kv_bytes_per_token=_kv_bytes_per_token(
             layers=int(model["num_hidden_layers"]),
             kv_heads=int(model.get("num_key_value_heads") or heads),

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llmserve.core.request import Request
+from llmserve.core.request import DEFAULT_RETENTION_PRIORITY, INTERACTIVE_PRIORITY, Request
+from llmserve.core.sampling_params import SamplingParams
 from llmserve.errors import InvalidRequestError
 from llmserve.runtime.tensorrt_llm_release import TensorRTLLMRelease
 
@@ -28,14 +29,18 @@ class Abilities:
     Attributes:
         release: Which it is.
         is_engine: It runs a TensorRT engine.
+        vocab_size: Of its logits.
         logprobs: It can give log-probabilities.
+        prompt_logprobs: It can give the logits of a prompt.
         prompt_ignore_length: Its SamplingParams has this field; without it, presence and frequency
             penalties count the prompt's tokens too.
     """
 
     release: TensorRTLLMRelease
     is_engine: bool
+    vocab_size: int
     logprobs: bool
+    prompt_logprobs: bool
     prompt_ignore_length: bool
 
 
@@ -45,6 +50,7 @@ def sampling_arguments(request: Request, abilities: Abilities) -> dict[str, Any]
     Raises:
         InvalidRequestError: A parameter that it cannot honour with our meaning.
     """
+    _refuse(request)
     params = request.sampling_params
     end_id, stop_token_ids = end_tokens(request)
     arguments: dict[str, Any] = {
@@ -61,6 +67,25 @@ def sampling_arguments(request: Request, abilities: Abilities) -> dict[str, Any]
     else:
         arguments |= _sampling(request, abilities)
     arguments |= _penalties(request, abilities)
+    if params.min_tokens:
+        if stop_token_ids:
+            raise InvalidRequestError(
+                f"min_tokens is {params.min_tokens}; TensorRT-LLM holds back one end-of-sequence "
+                f"token alone, and tokens {stop_token_ids} end this answer as well: leave it out",
+                param="min_tokens",
+            )
+        arguments["min_tokens"] = params.min_tokens
+    if params.logit_bias:
+        arguments["embedding_bias"] = _embedding_bias(params, abilities)
+    if params.prompt_logprobs is not None:
+        if not abilities.prompt_logprobs:
+            raise InvalidRequestError(
+                "prompt_logprobs is set, and this engine does not keep the logits for them; build "
+                "it with --gather_context_logits",
+                param="prompt_logprobs",
+            )
+        # Its own log-probabilities of a prompt leave out those of the tokens that stand there.
+        arguments["return_context_logits"] = True
     if params.logprobs is not None:
         if not abilities.logprobs:
             raise InvalidRequestError(
@@ -79,6 +104,36 @@ def end_tokens(request: Request) -> tuple[int, list[int]]:
     end_id = eos[0] if eos else NO_END_ID
     others = dict.fromkeys((*eos, *request.sampling_params.stop_token_ids))
     return end_id, [token_id for token_id in others if token_id != end_id]
+
+
+def _refuse(request: Request) -> None:
+    """Raise for what it has no words for."""
+    if request.sampling_params.guided_decoding is not None:
+        raise InvalidRequestError(
+            "guided_decoding is set; TensorRT-LLM needs a tokenizer of its own for it and is run "
+            "without one: use the native backend",
+            param="guided_decoding",
+        )
+    for name, neutral in (
+        ("priority", INTERACTIVE_PRIORITY),
+        ("retention_priority", DEFAULT_RETENTION_PRIORITY),
+    ):
+        if (value := getattr(request, name)) != neutral:
+            raise InvalidRequestError(
+                f"{name} is {value}; TensorRT-LLM's API has none for a request: leave it out",
+                param=name,
+            )
+
+
+def _embedding_bias(params: SamplingParams, abilities: Abilities) -> Any:
+    """float32 (vocab_size,), on the CPU."""
+    # Not at the top: this process computes nothing, and torch is a heavy import.
+    import torch
+
+    bias = torch.zeros(abilities.vocab_size)
+    for token_id, value in params.logit_bias:
+        bias[token_id] += value
+    return bias
 
 
 def _sampling(request: Request, abilities: Abilities) -> dict[str, Any]:

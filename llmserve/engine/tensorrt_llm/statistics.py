@@ -9,6 +9,18 @@ from typing import Any
 from llmserve.core.request import FinishReason, Request
 from llmserve.core.stats import EngineStats
 
+# Its counts are those since its start, as ours are.
+_CACHE_STATS = {
+    "max_num_blocks": "maxNumBlocks",
+    "free_num_blocks": "freeNumBlocks",
+    "used_num_blocks": "usedNumBlocks",
+    "tokens_per_block": "tokensPerBlock",
+    "alloc_total_blocks": "allocTotalBlocks",
+    "alloc_new_blocks": "allocNewBlocks",
+    "reused_blocks": "reusedBlocks",
+    "missed_blocks": "missedBlocks",
+}
+
 
 class StatisticsBook:
     """Counts what is submitted and ended, and keeps what the last iteration told.
@@ -18,9 +30,11 @@ class StatisticsBook:
 
     def __init__(self) -> None:
         self._stats = EngineStats()
-        self._num_scheduled = 0
-        self.tokens_per_block = 0
+
+    @property
+    def tokens_per_block(self) -> int:
         """Of its KV cache; 0 until the first iteration has told."""
+        return self._stats.tokens_per_block
 
     @property
     def max_num_blocks(self) -> int:
@@ -40,6 +54,7 @@ class StatisticsBook:
         stats = self._stats
         stats.prefix_cache_queries_tokens += len(request.prompt_token_ids)
         stats.prefix_cache_hits_tokens += num_cached_tokens
+        stats.num_completed_requests += 1
         stats.finished[reason.value] = stats.finished.get(reason.value, 0) + 1
 
     def iteration(self, iteration: Mapping[str, Any]) -> None:
@@ -49,15 +64,19 @@ class StatisticsBook:
         cache = iteration.get("kvCacheStats") or {}
         stats.num_steps += 1
         stats.last_step_s = float(iteration.get("iterLatencyMS", 0.0)) / 1000
-        stats.num_preemptions += int(batch.get("numPausedRequests", 0))
-        self._num_scheduled = int(batch.get("numScheduledRequests", 0))
-        stats.max_num_blocks = int(cache.get("maxNumBlocks", stats.max_num_blocks))
-        stats.free_num_blocks = int(cache.get("freeNumBlocks", stats.free_num_blocks))
-        stats.used_num_blocks = int(cache.get("usedNumBlocks", stats.used_num_blocks))
-        # Counted since its start, as ours are.
-        stats.reused_blocks = int(cache.get("reusedBlocks", stats.reused_blocks))
-        stats.missed_blocks = int(cache.get("missedBlocks", stats.missed_blocks))
-        self.tokens_per_block = int(cache.get("tokensPerBlock", self.tokens_per_block))
+        stats.max_num_active_requests = int(iteration.get("maxNumActiveRequests", 0))
+        stats.iter_new_requests = int(iteration.get("numNewActiveRequests", 0))
+        stats.iter_queue_s = float(iteration.get("newActiveRequestsQueueLatencyMS", 0.0)) / 1000
+        stats.iter_scheduled_requests = int(batch.get("numScheduledRequests", 0))
+        stats.iter_context_requests = int(batch.get("numContextRequests", 0))
+        stats.iter_gen_requests = int(batch.get("numGenRequests", 0))
+        stats.iter_paused_requests = int(batch.get("numPausedRequests", 0))
+        stats.num_preemptions += stats.iter_paused_requests
+        stats.iter_context_tokens = int(batch.get("numCtxTokens", 0))
+        per_decode = float(batch.get("avgNumDecodedTokensPerIter", 0.0))
+        stats.iter_decoded_tokens = round(per_decode * stats.iter_gen_requests)
+        for field, name in _CACHE_STATS.items():
+            setattr(stats, field, int(cache.get(name, getattr(stats, field))))
 
     def snapshot(self, num_open_requests: int) -> EngineStats:
         """The numbers now, with so many requests open.
@@ -65,7 +84,7 @@ class StatisticsBook:
         The last iteration's numbers outlive it, so that what is open now has the last word.
         """
         stats = self._stats
-        stats.num_running_requests = min(self._num_scheduled, num_open_requests)
+        stats.num_running_requests = min(stats.iter_scheduled_requests, num_open_requests)
         stats.num_queued_requests = num_open_requests - stats.num_running_requests
         if not num_open_requests:
             stats.used_num_blocks, stats.free_num_blocks = 0, stats.max_num_blocks

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from llmserve.core.request import FinishReason, Output
+from llmserve.core.sampling_params import GuidedDecodingParams
 from llmserve.engine.engine import Health
 from llmserve.engine.tensorrt_llm.sampling import Abilities, sampling_arguments
 from llmserve.errors import (
@@ -185,7 +186,14 @@ def test_penalties_that_would_count_the_prompt_are_refused(
     standins.install_tensorrt_llm(monkeypatch, tmp_path, "1.1.0")
     release = installed_release()
     assert release is not None
-    engine = Abilities(release=release, is_engine=True, logprobs=True, prompt_ignore_length=False)
+    engine = Abilities(
+        release=release,
+        is_engine=True,
+        vocab_size=VOCAB_SIZE,
+        logprobs=True,
+        prompt_logprobs=False,
+        prompt_ignore_length=False,
+    )
     for name in ("presence_penalty", "frequency_penalty"):
         with pytest.raises(InvalidRequestError, match=f"{name} is 0.5.*count the prompt's"):
             sampling_arguments(make_request(**{name: 0.5}), engine)
@@ -249,3 +257,81 @@ async def test_logprobs_need_logits_from_an_engine(start_kind: Start) -> None:
         engine.submit(make_request(logprobs=0))
     assert caught.value.param == "logprobs"
     assert engine._open == {}
+
+
+async def test_min_tokens_is_for_the_end_of_sequence_token_alone(start: Start) -> None:
+    engine = await start()
+    await answer(engine, make_request(eos=(1,), min_tokens=5))
+    ((_, params, _),) = standins.behaviour().submitted
+    assert params.min_tokens == 5
+    for changed in ({"eos": (1, 2)}, {"eos": (1,), "stop_token_ids": (9,)}):
+        with pytest.raises(InvalidRequestError, match=r"min_tokens is 5.*\[[29]\] end") as caught:
+            engine.submit(make_request(min_tokens=5, name="m", **changed))
+        assert caught.value.param == "min_tokens"
+    assert await is_empty(engine)
+
+
+async def test_a_logit_bias_is_a_row_of_the_vocabulary(start: Start) -> None:
+    engine = await start()
+    await answer(engine, make_request(logit_bias={7: -100.0, 9: 2.5}))
+    ((_, params, _),) = standins.behaviour().submitted
+    assert {i: b for i, b in enumerate(params.embedding_bias.tolist()) if b} == {7: -100.0, 9: 2.5}
+
+
+@pytest.mark.parametrize("tokens_per_step", [1, 20])
+async def test_prompt_logprobs_are_of_the_prompts_logits(
+    start_kind: Start, tokens_per_step: int
+) -> None:
+    engine = await start_kind("huggingface")
+    standins.behaviour().tokens_per_step = tokens_per_step
+    seen = await outputs(engine, make_request(prompt_logprobs=3, logprobs=1))
+    told = seen[0].prompt_logprobs
+    assert told is not None
+    assert all(output.prompt_logprobs is None for output in seen[1:])
+    (llm,) = standins.behaviour().llms
+    expected = llm._executor.context_logits(list(PROMPT)).float().log_softmax(-1)
+    assert len(told) == len(PROMPT) - 1
+    for row, token_id, position in zip(expected[:-1].tolist(), PROMPT[1:], told, strict=True):
+        ranked = sorted(range(VOCAB_SIZE), key=lambda other: -row[other])
+        assert position.logprob == row[token_id]
+        assert position.rank == 1 + sum(value > row[token_id] for value in row)
+        assert position.top_logprobs == tuple(row[other] for other in ranked[:3])
+        assert [row[other] for other in position.top_token_ids] == list(position.top_logprobs)
+
+
+async def test_prompt_logits_that_do_not_fit_fail_their_request(
+    start_kind: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await start_kind("huggingface")
+    from tensorrt_llm import _executor  # type: ignore[import-not-found]
+
+    whole = _executor.Executor.context_logits
+    # As if two tokens of the prompt had come from the KV cache.
+    monkeypatch.setattr(_executor.Executor, "context_logits", lambda *args: whole(*args)[2:])
+    standins.behaviour().step_s = 0.002
+    _, last = await answer(engine, make_request(prompt_logprobs=0))
+    assert last.finish_reason is FinishReason.ERROR
+    assert "logits of the prompt that do not fit" in (last.error or "")
+    await until(lambda: is_empty(engine))
+
+
+async def test_prompt_logprobs_need_logits_from_an_engine(start_kind: Start) -> None:
+    engine = await start_kind("engine")
+    with pytest.raises(InvalidRequestError, match="--gather_context_logits") as caught:
+        engine.submit(make_request(prompt_logprobs=0))
+    assert caught.value.param == "prompt_logprobs"
+
+
+async def test_what_its_api_has_no_words_for_is_refused(start: Start) -> None:
+    engine = await start()
+    guided = make_request(guided_decoding=GuidedDecodingParams(regex="a+"))
+    for request, param in (
+        (guided, "guided_decoding"),
+        (replace(make_request(), priority=1), "priority"),
+        (replace(make_request(), retention_priority=90), "retention_priority"),
+    ):
+        with pytest.raises(InvalidRequestError, match=param) as caught:
+            engine.submit(request)
+        assert caught.value.param == param
+    assert standins.behaviour().submitted == []
+    assert await is_empty(engine)

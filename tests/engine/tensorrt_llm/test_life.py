@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -44,7 +45,11 @@ async def test_iterations_become_statistics(start: Start) -> None:
     assert stats.num_queued_requests == 0
     assert (stats.max_num_blocks, stats.free_num_blocks, stats.used_num_blocks) == (64, 61, 3)
     assert (stats.reused_blocks, stats.missed_blocks) == (2, 4)  # with the warm-up
+    assert (stats.alloc_total_blocks, stats.alloc_new_blocks) == (3, 3)
+    assert stats.tokens_per_block == engine.info.tokens_per_block
     assert stats.last_step_s == 0.0125
+    assert (stats.iter_scheduled_requests, stats.iter_gen_requests) == (3, 3)
+    assert (stats.iter_context_requests, stats.iter_decoded_tokens) == (0, 3)
     assert stats.num_steps > 1
     for stream in streams:
         await stream.aclose()
@@ -52,6 +57,7 @@ async def test_iterations_become_statistics(start: Start) -> None:
     stats = await engine.stats()
     assert (stats.used_num_blocks, stats.free_num_blocks) == (0, 64)
     assert stats.finished == {"abort": 3}
+    assert stats.num_completed_requests == 3
 
 
 async def test_an_abort_comes_as_the_last_output(start: Start) -> None:
@@ -67,6 +73,32 @@ async def test_an_abort_comes_as_the_last_output(start: Start) -> None:
     tokens = [token_id for output in (first, *rest) for token_id in output.token_ids]
     assert tokens == greedy(count=100)[: len(tokens)]
     assert len(tokens) < 100
+
+
+async def test_a_timeout_comes_as_the_last_output(start: Start) -> None:
+    engine = await start()
+    standins.behaviour().step_s = 0.005
+    late = replace(make_request(max_tokens=100), timeout_s=0.05)
+    in_time = replace(make_request(name="s", max_tokens=2), timeout_s=30.0)
+    (tokens, last), (_, other) = await asyncio.gather(answer(engine, late), answer(engine, in_time))
+    assert (last.finish_reason, last.error) == (
+        FinishReason.TIMEOUT,
+        "the timeout of 0.05 s has passed",
+    )
+    assert tokens == greedy(count=100)[: len(tokens)]
+    assert 0 < len(tokens) < 100
+    assert other.finish_reason is FinishReason.LENGTH
+    assert (await engine.stats()).finished == {"timeout": 1, "length": 1}
+
+
+async def test_who_leaves_first_is_no_timeout(start: Start) -> None:
+    engine = await start()
+    standins.behaviour().running.clear()
+    stream = engine.submit(replace(make_request(), timeout_s=0.02))
+    await engine.abort("r")
+    await asyncio.sleep(0.05)
+    standins.behaviour().running.set()
+    assert (await read(stream))[-1].finish_reason is FinishReason.ABORT
 
 
 async def test_a_stream_that_is_left_is_aborted_and_its_id_stays_taken(start: Start) -> None:

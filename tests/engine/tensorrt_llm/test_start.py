@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llmserve.build.tensorrt_llm import build
-from llmserve.config import EngineConfig, KvCacheConfig
+from llmserve.config import EngineConfig, KvCacheConfig, NGramDecodingConfig
 from llmserve.engine.engine import Health
 from llmserve.engine.tensorrt_llm import TensorRTLLMEngine, adapter
 from llmserve.errors import (
@@ -112,6 +112,7 @@ async def test_a_model_that_gives_no_first_answer(
 async def test_settings_reach_the_llm(start: Start, kind: str) -> None:
     cache = KvCacheConfig(
         enable_block_reuse=False,
+        enable_partial_reuse=False,
         max_tokens=512,
         max_total_bytes=2**20,
         free_gpu_memory_fraction=0.5,
@@ -131,12 +132,19 @@ async def test_settings_reach_the_llm(start: Start, kind: str) -> None:
     policy = llm.kwargs["scheduler_config"].capacity_scheduler_policy
     assert policy is CapacitySchedulerPolicy.MAX_UTILIZATION
     told = llm.kwargs["kv_cache_config"]
-    assert (told.enable_block_reuse, told.free_gpu_memory_fraction) == (False, 0.5)
+    assert (told.enable_block_reuse, told.enable_partial_reuse) == (False, False)
+    assert told.free_gpu_memory_fraction == 0.5
     assert (told.max_tokens, told.max_gpu_total_bytes) == (512, 2**20)
     names = ("max_batch_size", "max_num_tokens", "max_seq_len", "enable_chunked_prefill")
     assert [llm.kwargs[name] for name in names] == [4, 32, 100, True]
     assert (engine.info.max_seq_len, engine.info.num_kv_blocks) == (100, 32)
     assert "gather_generation_logits" not in llm.kwargs
+
+
+async def test_a_share_of_the_memory(start: Start) -> None:
+    await start(config=EngineConfig(kv_cache=KvCacheConfig(memory_fraction=0.25), max_seq_len=128))
+    (llm,) = standins.behaviour().llms
+    assert llm.kwargs["kv_cache_config"].free_gpu_memory_fraction == 0.25
 
 
 async def test_an_engine_of_several_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +188,8 @@ async def test_chunked_prefill_needs_an_engine_that_can(
     [
         ("engine", EngineConfig(threads=2), "threads is 2"),
         ("huggingface", EngineConfig(device="cpu"), "device is 'cpu'"),
+        ("engine", EngineConfig(speculative=NGramDecodingConfig()), "speculative is NGram"),
+        ("huggingface", EngineConfig(deterministic=True), "deterministic is True"),
         ("engine", EngineConfig(max_batch_size=9), "max_batch_size is 9.*at most 8"),
         ("engine", EngineConfig(max_seq_len=129), "max_seq_len is 129.*at most 128"),
         ("huggingface", EngineConfig(max_seq_len=257), "max_seq_len is 257.*at most 256"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from typing import Any
 
 from tensorrt_llm._behaviour import behaviour
 from tensorrt_llm._params import SamplingParams
@@ -95,6 +96,14 @@ class Executor:
             self._active[result.request_id] = _Active(result, params, answers, streaming)
             self._condition.notify()
         return result
+
+    def context_logits(self, inputs: list[int]) -> Any:
+        """Logits of a prompt, (tokens, vocabulary), in the model's dtype."""
+        import torch
+
+        ids = torch.arange(self.vocab_size)
+        rows = [-((ids * 7 + token_id) % 13) - ids / 512 for token_id in inputs]
+        return torch.stack(rows).bfloat16()
 
     def abort(self, request_id: int) -> None:
         with self._condition:

@@ -122,6 +122,7 @@ class BaseLLM:
         if not self.chunked and len(inputs) > self.max_num_tokens:
             raise ValueError(f"the prompt exceeds max_num_tokens {self.max_num_tokens}")
         self._check_logprobs(params)
+        self._check_bias(params)
         behaviour.submitted.append((list(inputs), params, cache_salt))
         return executor.submit(inputs, params, streaming)
 
@@ -130,8 +131,20 @@ class BaseLLM:
             return
         if params.logprobs and not self.kwargs.get("gather_generation_logits"):
             raise ValueError("logprobs requires gather_generation_logits=True")
-        if params.prompt_logprobs and not self.config["build_config"]["gather_context_logits"]:
+        wants_context = params.prompt_logprobs or params.return_context_logits
+        if wants_context and not self.config["build_config"]["gather_context_logits"]:
             raise ValueError("prompt_logprobs requires gather_context_logits")
+
+    def _check_bias(self, params: SamplingParams) -> None:
+        import torch
+
+        bias = params.embedding_bias
+        if bias is not None and not (
+            isinstance(bias, torch.Tensor)
+            and bias.dtype == torch.float32
+            and bias.shape == (self.vocab_size,)
+        ):
+            raise ValueError("embedding_bias must be float32 of the vocabulary's size")
 
     def get_stats_async(self, timeout: float | None = 2) -> Any:
         assert self._executor is not None, "LLM is shutting down"

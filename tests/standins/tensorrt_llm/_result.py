@@ -72,7 +72,7 @@ class RequestOutput:
         self.prompt = None
         self.prompt_token_ids = inputs
         self.outputs = [CompletionOutput(index) for index in range(params.n)]
-        self.context_logits = None
+        self.context_logits: Any = None
         self.cached_tokens = 0
 
     @property
@@ -117,6 +117,8 @@ class RequestOutput:
             self._executor.stop()
             raise response.error
         output = self.outputs[response.sequence]
+        if self._params.return_context_logits and response.finish_reason != "cancelled":
+            self.context_logits = self._executor.context_logits(self.prompt_token_ids)
         # The list itself grows: whoever kept it sees the next steps in it.
         output.last_token_ids_len = len(output.token_ids)
         output.token_ids.extend(response.token_ids)
