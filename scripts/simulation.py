@@ -22,6 +22,7 @@ from llmserve.core.sampling_params import SamplingParams
 from llmserve.core.scheduler import Scheduler
 from llmserve.core.stats import EngineStats
 from llmserve.core.step import KVGroupSpec, ModelRunnerOutput, SchedulerOutput
+from llmserve.engine.native import calm_collector
 
 EOS = 0
 _FIRST_TOKEN = 1
@@ -428,6 +429,7 @@ def measure_overhead(num_running: int, num_steps: int, *, answer_tokens: int) ->
     while simulation.scheduler.snapshot().num_running_requests < num_running:
         fill()
         simulation.step()
+    calm_collector()  # as the engine's process does
     before = len(simulation.scheduling_s)
     while len(simulation.scheduling_s) < before + num_steps:
         fill()

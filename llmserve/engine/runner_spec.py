@@ -55,6 +55,7 @@ class TorchRunnerSpec(msgspec.Struct, frozen=True, tag="torch"):
             device=config.device,
             threads=config.threads,
             deterministic=config.deterministic,
+            max_draft_len=config.speculative.max_draft_len if config.speculative else 0,
         )
         return runner, limits
 

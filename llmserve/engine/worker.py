@@ -9,7 +9,6 @@ manager that signals every process must not cut off the requests which the paren
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import time
@@ -33,7 +32,7 @@ from llmserve.engine.messages import (
     ToWorker,
     WireError,
 )
-from llmserve.engine.native import EngineCore
+from llmserve.engine.native import EngineCore, calm_collector
 from llmserve.errors import LlmserveError
 from llmserve.runtime.child_process import live_with_parent
 
@@ -186,10 +185,7 @@ def main(parent_pid: int, requests: str, outputs: str) -> int:
             structured_output=start.runner.structured_output(),
             on_step_done=parent.ring,
         )
-        # With torch loaded, a full collection holds up every thread for tenths of a second.
-        # All that is there now stays, and need not be looked at again.
-        gc.collect()
-        gc.freeze()
+        calm_collector()
         parent.send(Ready(core.info, core.stats()))
         Worker(core, parent).run()
         core.shutdown()

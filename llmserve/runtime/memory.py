@@ -24,6 +24,8 @@ MAX_GATHERED_TOKENS = 1 << 16
 # them explicit: both bound the memory, not the result.
 QUERY_ROWS = 256
 MAX_SCORES = 1 << 22
+# Scores of deterministic attention that are held at a time, or those of one tile of queries.
+MAX_INVARIANT_SCORES = 1 << 20
 # Logits that are sampled from at a time, or those of one row, and the most that this takes for
 # each: penalties, and probabilities sorted and added up in float64.
 MAX_SAMPLED_LOGITS = 1 << 22
@@ -70,15 +72,22 @@ def _layer_kv_bytes(config: PretrainedConfig) -> int:
 
 
 def activation_bytes(
-    config: PretrainedConfig, *, max_num_tokens: int, max_batch_size: int, max_seq_len: int
+    config: PretrainedConfig,
+    *,
+    max_num_tokens: int,
+    max_batch_size: int,
+    max_seq_len: int,
+    max_draft_len: int = 0,
+    deterministic: bool = False,
 ) -> int:
     """The most that a step holds at a time beside weights and cache.
 
     A layer's widest moment for every token, what attention gathers for one batch of requests, and
-    logits with what sampling makes of them.
+    logits with what sampling makes of them: a row for each request and each guess behind it.
+    A deterministic step attends in float32, to tiles of keys.
     """
     itemsize, tp = torch_dtype(config.dtype).itemsize, config.tp_size
-    rows = min(max_batch_size, max_num_tokens)
+    rows = min(max_batch_size * (1 + max_draft_len), max_num_tokens)
     # The residual stream before and after attention, what attention added and what is normalised.
     stream = 4 * config.hidden_size * itemsize
     tokens = max_num_tokens * (stream + max(_attention_bytes(config), _mlp_bytes(config)))
@@ -89,6 +98,11 @@ def activation_bytes(
         heads = config.num_attention_heads // tp
         # In float32 before and after the softmax, and in the model's dtype.
         attention += max(MAX_SCORES, heads * gathered) * (8 + itemsize)
+    if deterministic:
+        heads = config.num_attention_heads // tp
+        # K, V and their indices once more, queries and results, scores and their exponentials.
+        attention += gathered * (kv_width * 4 + 8) + 2 * MAX_INVARIANT_SCORES * 8
+        attention += max_num_tokens * 2 * heads * config.head_size * 4
     vocab = padded_vocab_size(config)
     sampled = min(rows * vocab, max(MAX_SAMPLED_LOGITS, vocab)) * _SAMPLING_ITEMSIZE
     return tokens + attention + rows * vocab * (itemsize + 4) + sampled

@@ -45,7 +45,15 @@ def test_the_sdk_streams_and_waits_and_both_give_the_right_answer(server: Server
                 chunks = list(stream)
             text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
             assert text == french
-            assert chunks[-1].usage == whole.usage
+            usage = chunks[-1].usage
+            assert usage is not None
+            # The second of two equal prompts finds all of it in the cache but the last token.
+            cached = usage.prompt_tokens_details
+            assert cached is not None
+            assert cached.cached_tokens == usage.prompt_tokens - 1
+            assert usage.model_copy(update={"prompt_tokens_details": None}) == (
+                whole.usage.model_copy(update={"prompt_tokens_details": None})
+            )
 
 
 async def test_the_async_sdk_streams_many_at_once(server: Server) -> None:
@@ -147,7 +155,8 @@ async def test_64_clients_of_mixed_lengths_one_in_four_leaving(float32_server: S
         ({"prompt": "a", "temperature": 3}, 400, "temperature", None),
         ({"prompt": "a", "temperature": "hot"}, 400, "temperature", None),
         ({"prompt": "a", "temprature": 1}, 400, "temprature", None),
-        ({"prompt": "a", "logit_bias": {"5": 1}}, 400, "logit_bias", None),
+        ({"prompt": "a", "logit_bias": {"5": 101}}, 400, "logit_bias", None),
+        ({"prompt": "a", "suffix": "b"}, 400, "suffix", None),
         ({"prompt": []}, 400, "prompt", None),
         ({"prompt": "a", "model": "another"}, 404, "model", "model_not_found"),
     ],

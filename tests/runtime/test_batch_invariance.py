@@ -390,7 +390,7 @@ def sequence_rows(seed: int, width: int) -> torch.Tensor:
 def test_attention(
     window: int | None, softcap: float | None, max_scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batch_invariant_attention, "_MAX_SCORES", max_scores)
+    monkeypatch.setattr(batch_invariant_attention, "MAX_INVARIANT_SCORES", max_scores)
     lengths, planner = (1, 64, 129, 1150), InvariantPlanner(6)
     whole = [
         attended(planner, [0] * 8, [*[1] * i, n], window, softcap)[i] for i, n in enumerate(lengths)
@@ -424,5 +424,5 @@ def test_a_tile_of_queries_holds_few_scores() -> None:
     assert sorted(torch.cat([b.rows for b in view.batches]).unique().tolist()) == list(range(3008))
     for batch in view.batches:
         scores = len(batch.query_tiles) * batch.queries * 12 * KEY_TILE
-        assert scores <= 2 * batch_invariant_attention._MAX_SCORES
+        assert scores <= 2 * batch_invariant_attention.MAX_INVARIANT_SCORES
     assert {batch.queries for batch in view.batches} == {1, 8, 16}

@@ -236,6 +236,17 @@ def test_mixed_batch(
     paged.run([(0, 1), (1, 7), (2, 7)], scores, decodes=[decode], prefills=[behind, whole])
 
 
+@pytest.mark.parametrize("length", [65, 129])
+def test_prefills_whose_last_row_has_a_tile_of_its_own(length: int, device: str) -> None:
+    # torch's CUDA kernels take 64 queries at a time.
+    paged = Paged([length], torch.float32, device)
+    chunk = PrefillChunk(
+        rows=slice(0, length), num_previous_tokens=0, kv_slots=paged.slots[0].to(device)
+    )
+    scores = AttentionScores(scale=8**-0.5, window=4)
+    paged.run([(0, length)], scores, prefills=[chunk])
+
+
 @pytest.mark.parametrize("max_scores", [1, 100, 1 << 20])
 def test_softcapped_prefills_hold_few_scores_at_a_time(
     max_scores: int, monkeypatch: pytest.MonkeyPatch

@@ -22,6 +22,7 @@ def load_runner(
     device: str = "auto",
     threads: int | None = None,
     deterministic: bool = False,
+    max_draft_len: int = 0,
 ) -> TorchRunner | TensorParallelRunner:
     """Load a native engine's weights; the KV cache comes later (``allocate_kv_cache``).
 
@@ -39,6 +40,7 @@ def load_runner(
         threads: CPU threads of products, which ranks share; None leaves one rank torch's own
             choice, and several all cores.
         deterministic: Compute each request's tokens to the bit alike, whatever runs beside it.
+        max_draft_len: Most guesses that a step verifies of a request.
 
     Raises:
         CheckpointError: The directory is no native engine, or tensors are missing or left over.
@@ -60,6 +62,7 @@ def load_runner(
             device=device,
             threads=threads,
             deterministic=deterministic,
+            max_draft_len=max_draft_len,
         )
     from llmserve.runtime.torch.runner import TorchRunner
 
@@ -72,4 +75,5 @@ def load_runner(
         device=device,
         threads=threads,
         deterministic=deterministic,
+        max_draft_len=max_draft_len,
     )

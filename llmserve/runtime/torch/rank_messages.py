@@ -22,6 +22,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
         devices: Of the ranks, in order.
         threads: CPU threads of each.
         deterministic: As for ``TorchRunner``.
+        max_draft_len: As for ``TorchRunner``.
     """
 
     engine_dir: str
@@ -32,6 +33,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     devices: tuple[str, ...]
     threads: int
     deterministic: bool
+    max_draft_len: int
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):

@@ -89,6 +89,7 @@ def load_rank(load: Load, rank: int, group: DistributedGroup) -> TorchRunner:
         device=load.devices[rank],
         threads=load.threads,
         deterministic=load.deterministic,
+        max_draft_len=load.max_draft_len,
         rank=rank,
         group=group,
     )

@@ -68,7 +68,7 @@ class TorchRunner:
     ``rank`` and ``group`` make it one rank of a tensor-parallel engine, with its own share of the
     weights and of the KV cache; ``info`` counts that share's bytes. ``deterministic`` makes a
     request's tokens and log-probabilities the same bits whatever else is computed beside it, on a
-    CPU alone.
+    CPU alone. ``max_draft_len`` is the most guesses that a step may verify of a request.
     """
 
     info: ModelInfo
@@ -84,6 +84,7 @@ class TorchRunner:
         device: str = "auto",
         threads: int | None = None,
         deterministic: bool = False,
+        max_draft_len: int = 0,
         rank: int = 0,
         group: RankGroup | None = None,
     ) -> None:
@@ -140,6 +141,8 @@ class TorchRunner:
                 max_num_tokens=max_num_tokens,
                 max_batch_size=max_batch_size,
                 max_seq_len=max_seq_len,
+                max_draft_len=max_draft_len,
+                deterministic=deterministic,
             ),
             device=str(self._device),
             dtype=config.dtype,

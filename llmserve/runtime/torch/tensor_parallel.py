@@ -58,6 +58,7 @@ class TensorParallelRunner:
         threads: CPU threads of all ranks together, of which each has one at least; None takes the
             cores there are.
         deterministic: As for ``TorchRunner``.
+        max_draft_len: As for ``TorchRunner``.
 
     Attributes:
         info: On the CPU the bytes of weights and blocks are all ranks' together, for they share
@@ -83,6 +84,7 @@ class TensorParallelRunner:
         device: str = "auto",
         threads: int | None = None,
         deterministic: bool = False,
+        max_draft_len: int = 0,
     ) -> None:
         threads = max(1, (threads or available_cores()) // tp_size)
         self._others: list[RankHandle] = []
@@ -103,6 +105,7 @@ class TensorParallelRunner:
                 devices=devices,
                 threads=threads,
                 deterministic=deterministic,
+                max_draft_len=max_draft_len,
             )
             self._send(load)
             self._group = make_group(load, 0)

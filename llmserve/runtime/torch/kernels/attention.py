@@ -265,6 +265,10 @@ def _attend(
     # KV heads as the batch and their query heads as the heads: K and V are expanded, not copied.
     shape = (-1, heads.shape[1], -1, -1)
     key, value = key[:, None].expand(shape), value[:, None].expand(shape)
+    if key.device.type == "cuda" and key.dtype == torch.float32 and mask is not None:
+        # With a mask torch's memory-efficient kernel (2.11, float32 alone) computes the last one of
+        # 65, 129, 193, ... queries wrong where keys are expanded.
+        key, value = key.contiguous(), value.contiguous()
     return F.scaled_dot_product_attention(
         heads, key, value, attn_mask=mask, is_causal=mask is None, scale=scale
     )

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from llmserve.runtime.memory import MAX_INVARIANT_SCORES
 from llmserve.runtime.torch.attention_plan import Int64Array, RequestRows
 from llmserve.runtime.torch.kernels.attention import AttentionScores
 from llmserve.runtime.torch.kernels.batch_invariant import BatchInvariantProducts
@@ -31,8 +32,6 @@ KEY_TILE = 64
 # Queries of a request that are one tile: a decode, verified drafts, a prompt.
 _QUERY_TILES = (1, 8, 64)
 _MIN_PREFILL_TILE = 8
-# Scores that are held at a time; a tile of few queries with all its keys may be more.
-_MAX_SCORES = 1 << 20
 
 TreeLevel = tuple[torch.Tensor, torch.Tensor]
 
@@ -114,7 +113,7 @@ class InvariantPlanner:
     def _query_tile_sizes(self, rows: RequestRows) -> Int64Array:
         sizes: Int64Array = np.array(_QUERY_TILES)[np.searchsorted(_QUERY_TILES[:-1], rows.counts)]
         # Fewer queries where there are many keys; it changes no bit.
-        while (large := self._scores(sizes, rows.ends) > _MAX_SCORES).any():
+        while (large := self._scores(sizes, rows.ends) > MAX_INVARIANT_SCORES).any():
             smaller = np.maximum(sizes // 2, _MIN_PREFILL_TILE)
             shrunk = np.where(large, np.minimum(sizes, smaller), sizes)
             if (shrunk == sizes).all():
@@ -138,7 +137,7 @@ class InvariantPlanner:
         seen = np.zeros_like(last) if window is None else positions[:, 0] - window + 1
         seen = np.maximum(seen, 0)
         scores = self._scores(size, (last // KEY_TILE - seen // KEY_TILE + 1) * KEY_TILE)
-        cuts = np.flatnonzero(np.diff(np.cumsum(scores) // _MAX_SCORES)) + 1
+        cuts = np.flatnonzero(np.diff(np.cumsum(scores) // MAX_INVARIANT_SCORES)) + 1
         for tile in np.split(np.arange(len(request)), cuts):
             yield _tile_pairs(
                 rows,
