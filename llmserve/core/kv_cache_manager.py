@@ -163,11 +163,15 @@ class KVCacheUsage:
         total: Size of the cache.
         free: Not held by requests, idle ones included.
         idle: Not held by requests but kept for reuse.
+        allocated: Counter of blocks handed out for writing.
+        shared: Counter of blocks handed out to be read, for they were found.
     """
 
     total: int
     free: int
     idle: int
+    allocated: int
+    shared: int
 
 
 class _Group:
@@ -289,6 +293,7 @@ class KVCacheManager:
         self._full = [group for group in self._groups if group.window is None]
         self._windowed = [group for group in self._groups if group.window is not None]
         self._tree = PrefixTree(len(groups))
+        self._num_allocated_blocks = self._num_shared_blocks = 0
         self._sequences: set[KVSequence] = set()  # those that were started and not freed
 
     @property
@@ -308,6 +313,8 @@ class KVCacheManager:
             total=sum(pool.num_blocks for pool in pools),
             free=sum(pool.num_free_blocks for pool in pools),
             idle=sum(pool.num_idle_blocks for pool in pools),
+            allocated=self._num_allocated_blocks,
+            shared=self._num_shared_blocks,
         )
 
     def new_sequence(
@@ -398,6 +405,7 @@ class KVCacheManager:
             self._groups, tables, passed, reserved, strict=True
         ):
             group.pool.acquire(table[first:], sequence.retention_priority)
+            self._num_shared_blocks += len(table) - first
             group.num_promised_blocks += group.outstanding(promised, 0)
         copies = self._copies(sequence, prefix, num_new)
         return StartedSequence(tuple(list(table) for table in tables), copies)
@@ -558,6 +566,7 @@ class KVCacheManager:
             new = group.pool.allocate(count)
             table += new
             new_block_ids.append(new)
+        self._num_allocated_blocks += count * len(new_block_ids)
         sequence.num_block_tokens = len(table) * self.tokens_per_block
         return tuple(new_block_ids)
 

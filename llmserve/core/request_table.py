@@ -378,6 +378,8 @@ class RequestTable:
         self.stats.free_num_blocks = usage.free
         self.stats.used_num_blocks = usage.total - usage.free
         self.stats.cached_num_blocks = usage.idle
+        self.stats.alloc_new_blocks = usage.allocated
+        self.stats.alloc_total_blocks = usage.allocated + usage.shared
         return replace(self.stats, finished=dict(self.stats.finished))
 
     def check_integrity(self) -> None:

@@ -15,14 +15,20 @@ from collections.abc import Callable
 
 from llmserve.config import EngineConfig
 from llmserve.core.constraint import TokenConstraint
-from llmserve.core.kv_cache_manager import KVCacheManager, max_sequence_blocks
+from llmserve.core.kv_cache_manager import KVCacheManager
 from llmserve.core.request import Output, Request
 from llmserve.core.scheduler import Scheduler
 from llmserve.core.speculation import NgramProposer, Speculator
 from llmserve.core.stats import EngineStats
 from llmserve.engine.admission import check_request
 from llmserve.engine.engine import EngineInfo
-from llmserve.engine.sizing import EngineLimits, kv_pool_bytes, num_kv_blocks
+from llmserve.engine.sizing import (
+    EngineLimits,
+    kv_bytes,
+    kv_pool_bytes,
+    num_kv_blocks,
+    request_blocks,
+)
 from llmserve.engine.step_thread import PendingStep, StepThread
 from llmserve.engine.structured_output import StructuredOutput
 from llmserve.errors import InvalidRequestError
@@ -120,22 +126,11 @@ class EngineCore:
             max_seq_len=limits.max_seq_len,
             tokens_per_block=limits.tokens_per_block,
             num_kv_blocks=sum(num_blocks),
-            kv_cache_bytes=sum(
-                count * group.bytes_per_block
-                for count, group in zip(num_blocks, model.kv_groups, strict=True)
-            ),
+            kv_cache_bytes=kv_bytes(model.kv_groups, num_blocks),
             weights_bytes=model.weights_bytes,
             load_s=0.0,
             pid=os.getpid(),
-            blocks_per_full_request=sum(
-                max_sequence_blocks(
-                    limits.max_seq_len,
-                    group.window,
-                    max_step_tokens=limits.max_num_tokens,
-                    tokens_per_block=limits.tokens_per_block,
-                )
-                for group in model.kv_groups
-            ),
+            blocks_per_full_request=sum(request_blocks(model.kv_groups, limits)),
         )
 
     # --- requests -------------------------------------------------------------------------------

@@ -35,6 +35,13 @@ class Replay:
             self.stats["prefix_cache_queries_tokens"] += self.prompts[request_id]
             self.stats["prefix_cache_hits_tokens"] += start.num_computed_tokens
         self.started.update(new)
+        # One group: a new request's table begins with the blocks it shares, whole ones.
+        for (table,) in step.new_block_ids.values():
+            self.stats["alloc_total_blocks"] += len(table)
+            self.stats["alloc_new_blocks"] += len(table)
+        for new_request in step.new_requests:
+            start = next(p for p in step.prefills if p.request_id == new_request.request_id)
+            self.stats["alloc_new_blocks"] -= start.num_computed_tokens // 4
         # The runner is told to forget the ended ones and the paused ones.
         paused = [request_id for request_id in step.finished_request_ids if request_id in open_ids]
         self.stats["num_preemptions"] += len(paused)
@@ -80,6 +87,7 @@ class Replay:
                 *("prompt_tokens", "prefix_cache_queries_tokens", "prefix_cache_hits_tokens"),
                 *("num_preemptions", "num_drafts", "num_draft_tokens"),
                 *("num_accepted_draft_tokens", "generation_tokens", "num_steps"),
+                *("alloc_total_blocks", "alloc_new_blocks"),
             )
         }
         assert {name: counted[name] for name in expected} == expected
