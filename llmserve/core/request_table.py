@@ -152,9 +152,8 @@ class RequestTable:
         while self._deadlines and self._deadlines[0][0] <= now_s:
             state = heapq.heappop(self._deadlines)[2]
             if state.finish_reason is None:
-                error = (
-                    f"the request did not end within its timeout of {state.request.timeout_s:g} s"
-                )
+                timeout_s = round(state.request.timeout_s or 0.0, 3)
+                error = f"the request did not end within its timeout of {timeout_s:g} s"
                 outputs.append(self._finish(state, FinishReason.TIMEOUT, error))
         return outputs
 

@@ -83,8 +83,11 @@ class Scheduler(RequestTable):
     @property
     def may_run_ahead(self) -> bool:
         """Whether ``schedule`` may be called before the step under way has come back: not while
-        there are guesses to verify, which have to follow what it brings.
+        there are guesses to verify, which have to follow what it brings, nor while it verifies
+        some, for how far it gets is not known.
         """
+        if any(step.output.draft_token_ids for step in self._under_way):
+            return False
         return self._speculator is None or not self._speculator.guesses
 
     def schedule(self, now_s: float) -> SchedulerOutput:
@@ -164,14 +167,19 @@ class Scheduler(RequestTable):
     def _start_waiting(
         self, step: StepUnderWay, now_s: float, outranked: list[RequestState]
     ) -> None:
+        num_outranked, worst = len(outranked), outranked[0].rank if outranked else None
         # Looking at no more than a batch bounds the work of a step where many are put off.
         for state in self._waiting.next_ones(self.max_batch_size):
-            if outranked and state.rank >= outranked[0].rank:
+            if worst is not None and state.rank >= worst:
                 continue  # behind those, which have not been scheduled yet
-            while not self._start(step, state, now_s):
+            while not (starts := self._start(step, state, now_s)):
                 if step.round_ended or not (outranked and outranked[-1].rank > state.rank):
-                    return
+                    break
                 self._pause(outranked.pop(), step)
+            if not starts:
+                break
+        if len(outranked) < num_outranked:
+            step.round_ended = True  # nobody starts before those that were paused
 
     def _start(self, step: StepUnderWay, state: RequestState, now_s: float) -> bool:
         """Start a request, or put it off; return False if there is no room for it."""

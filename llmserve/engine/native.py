@@ -230,7 +230,8 @@ class EngineCore:
             self._last_step_s = pending.model_s
         now_s, before_s = time.perf_counter(), self._result_s
         # What a guess costs is told by steps of decodes alone, the gap before them included.
-        if self._speculator is not None and before_s is not None and not step.prefills:
+        decodes = step.num_tokens > 0 and not step.prefills
+        if self._speculator is not None and before_s is not None and decodes:
             self._speculator.observe_step(step.num_tokens, now_s - before_s)
         self._result_s = now_s if self._scheduler.has_unfinished_requests() else None
 

@@ -115,8 +115,9 @@ class Generation:
                     if FinishReason.ABORT in reasons:
                         raise EngineShutdownError("the server is shutting down; the answer was cut")
                     if FinishReason.TIMEOUT in reasons:
+                        timeout_s = round(self._timeout_s or 0.0, 3)
                         raise RequestTimeoutError(
-                            f"the answer did not end within the timeout of {self._timeout_s:g} s"
+                            f"the answer did not end within the timeout of {timeout_s:g} s"
                         )
                     yield index, output
         except RequestTimeoutError:

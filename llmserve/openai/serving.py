@@ -29,6 +29,7 @@ from llmserve.errors import (
     ContextLengthError,
     InvalidRequestError,
     LlmserveError,
+    RequestTimeoutError,
 )
 from llmserve.llm import AsyncLLM
 from llmserve.openai.errors import ModelNotFoundError, RouteNotFoundError, describe_error
@@ -263,12 +264,18 @@ class OpenAIServing:
         if (guide := request.guided_decoding) is None:
             return
         field, guided_decoding = guide
-        loop = asyncio.get_running_loop()
+        loop, timeout_s = asyncio.get_running_loop(), self._timeout_s(request)
         try:
-            await loop.run_in_executor(_checks, check_guided_decoding, guided_decoding)
+            async with asyncio.timeout(timeout_s):
+                await loop.run_in_executor(_checks, check_guided_decoding, guided_decoding)
+        except TimeoutError:
+            raise _too_late(timeout_s or 0.0) from None
         except InvalidRequestError as error:
             sentence = str(error).replace("guided_decoding", field, 1)
             raise InvalidRequestError(sentence, param=field, code=error.code) from error
+
+    def _timeout_s(self, request: GenerationRequest) -> float | None:
+        return self._max_timeout_s if request.timeout is None else request.timeout
 
     async def _generate(
         self,
@@ -278,13 +285,18 @@ class OpenAIServing:
         id: str,
         arrival_s: float,
     ) -> Generation:
+        timeout_s = rest_s = self._timeout_s(request)
+        if timeout_s is not None:  # what the request has waited for until now counts as well
+            rest_s = timeout_s - (time.perf_counter() - arrival_s)
+            if rest_s <= 0:
+                raise _too_late(timeout_s)
         return await Generation.open(
             self.llm,
             prompts,
             params,
             request_id=id,
             priority=self._priority if request.priority is None else request.priority,
-            timeout_s=self._max_timeout_s if request.timeout is None else request.timeout,
+            timeout_s=rest_s,
             cache_salt=request.cache_salt,
             arrival_s=arrival_s,
             observer=self._observer,
@@ -338,6 +350,10 @@ class OpenAIServing:
             return self.llm.tokenizer.encode(text, add_special_tokens=False)
 
         return await _run(encode, sum(len(message["content"]) + 64 for message in messages))
+
+
+def _too_late(timeout_s: float) -> RequestTimeoutError:
+    return RequestTimeoutError(f"the request did not end within its timeout of {timeout_s:g} s")
 
 
 async def _run(function: Callable[[], ResultT], num_chars: int) -> ResultT:

@@ -608,6 +608,21 @@ def test_of_running_requests_the_least_urgent_are_paused_first():
     assert loop.tokens["batch"] == expected_tokens(range(6), 11)
 
 
+def test_nobody_of_their_rank_starts_before_those_who_gave_way():
+    loop = create_loop(
+        num_blocks=12, max_batch_size=2, policy="max_utilization", enable_block_reuse=False
+    )
+    loop.add(create_request("first", range(36), 12, priority=10))
+    loop.step()
+    loop.add(create_request("younger", range(50, 58), 12, priority=10))
+    loop.add(create_request("urgent", range(60, 76), 12))
+    step = loop.step()
+    assert step.finished_request_ids == ["first"]
+    assert [new.request_id for new in step.new_requests] == ["urgent"]
+    starts = [new.request_id for step in loop.run() for new in step.new_requests]
+    assert starts[0] == "first"
+
+
 def test_a_timeout_ends_a_request_wherever_it_is():
     loop = create_loop(max_batch_size=1)
     loop.add(create_request("runs", [1], 50, timeout_s=3.5))
@@ -741,6 +756,17 @@ def test_guesses_are_verified_and_wrong_ones_rolled_back():
     assert scheduler._requests["a"].num_computed_tokens == 5
     stats = scheduler.snapshot()
     assert (stats.num_drafts, stats.num_draft_tokens, stats.num_accepted_draft_tokens) == (1, 3, 1)
+
+
+def test_no_step_is_scheduled_ahead_of_one_that_verifies_guesses():
+    speculator = Guesses(8, 9, 10)
+    scheduler = create_scheduler(speculator=speculator)
+    scheduler.add_request(create_request("a", [1, 2, 3], 20), 0.0)
+    step = scheduler.schedule(0.0)
+    scheduler.update_from_output(step, ModelRunnerOutput(token_ids={"a": [7]}))
+    assert scheduler.schedule(0.0).draft_token_ids
+    speculator.guesses = {}  # as when another request left, and it pays no more
+    assert not scheduler.may_run_ahead
 
 
 def test_guesses_take_what_the_budget_and_the_answer_leave():

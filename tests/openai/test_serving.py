@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from llmserve.errors import (
     RequestTimeoutError,
 )
 from llmserve.llm import Logprob
+from llmserve.openai import serving as serving_module
 from llmserve.openai.errors import ModelNotFoundError
 from llmserve.openai.logprobs import CompletionLogprobsBuilder
 from llmserve.openai.observer import AnswerTimes
@@ -305,7 +307,9 @@ async def test_every_sampling_field_arrives() -> None:
         timeout=20,
     )
     request = engine.requests[0]
-    assert (request.cache_salt, request.priority, request.timeout_s) == ("mine", -3, 20)
+    assert (request.cache_salt, request.priority) == ("mine", -3)
+    assert request.timeout_s is not None
+    assert 15 < request.timeout_s <= 20
     params = request.sampling_params
     assert (params.seed, params.min_p, params.max_tokens) == (7, 0.1, 3)
     assert (params.frequency_penalty, params.presence_penalty) == (0.2, 0.3)
@@ -568,12 +572,23 @@ async def test_a_timeout_has_a_status() -> None:
     assert (error["type"], error["code"]) == ("timeout_error", "timeout")
 
 
+async def test_a_timeout_covers_the_check_of_a_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving_module, "check_guided_decoding", lambda params: time.sleep(0.5))
+    begun_s = time.perf_counter()
+    with pytest.raises(RequestTimeoutError, match=r"timeout of 0\.05 s"):
+        await complete(serving(), guided_regex="a+", timeout=0.05)
+    assert time.perf_counter() - begun_s < 0.4
+
+
 async def test_a_server_may_bound_timeouts() -> None:
     engine = says("a")
     api = OpenAIServing(make_llm(engine), MODEL, max_timeout_s=30)
     await complete(api)
     await complete(api, timeout=12)
-    assert [request.timeout_s for request in engine.requests] == [30, 12]
+    # What a request waited for before it came to the engine is taken off.
+    for request, timeout_s in zip(engine.requests, (30, 12), strict=True):
+        assert request.timeout_s is not None
+        assert timeout_s - 5 < request.timeout_s <= timeout_s
     with pytest.raises(InvalidRequestError, match="timeout is 31; it must be at most 30") as caught:
         await complete(api, timeout=31)
     assert caught.value.param == "timeout"
