@@ -94,6 +94,7 @@ class RequestTable:
         self._kv = kv
         self._speculator = speculator
         self._requests: dict[str, RequestState] = {}  # all unfinished ones
+        self._bound_ids: set[str] = set()  # those of them with a constraint
         self._waiting = RequestQueue()
         self._running: list[RequestState] = []  # by rank, then in the order of their start
         self._prefilling: dict[str, RequestState] = {}  # those of them with more prompt to schedule
@@ -136,6 +137,8 @@ class RequestTable:
         sequence = self._kv.new_sequence(tokens, request.cache_salt, request.retention_priority)
         state = RequestState(request, max_total_tokens, now_s, tokens, sequence, constraint)
         self._requests[request.request_id] = state
+        if constraint is not None:
+            self._bound_ids.add(request.request_id)
         self._waiting.push(state)
         self._num_added += 1
         if request.timeout_s is not None:
@@ -176,6 +179,8 @@ class RequestTable:
 
         To be asked when the results of all steps before it have been taken in.
         """
+        if not self._bound_ids:
+            return {}  # nearly always, and the step may be large
         step = next(step for step in self._under_way if step.output is scheduler_output)
         sampling = list(step.decodes)
         for state, prefill in zip(step.prefills, scheduler_output.prefills, strict=True):
@@ -264,8 +269,8 @@ class RequestTable:
         if drafts:
             self._count_drafts(len(drafts), len(accepted) - 1)
         if state.running:
-            # Of the drafts those that were wrong are forgotten here, and written over.
-            state.num_computed_tokens -= max(0, len(drafts) + 1 - len(accepted)) if drafts else 0
+            if drafts:  # those that were wrong are forgotten here, and written over
+                state.num_computed_tokens -= len(drafts) + 1 - len(accepted)
             self._kv.commit(state.sequence, len(state.token_ids) - 1 if accepted else stop)
             self._set_boundary(state)
         if accepted:
@@ -310,6 +315,7 @@ class RequestTable:
         self.stats.num_completed_requests += 1
         self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
         del self._requests[state.request_id]
+        self._bound_ids.discard(state.request_id)
         if state.running:
             self._leave_batch(state)
         else:
