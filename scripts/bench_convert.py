@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -28,9 +27,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from machine import describe_machine
 
 FORMATS = ("none", "w8a16", "fp8_rowwise")
 MIN_RATIO = 0.8
@@ -154,7 +154,13 @@ def measure(source: Path, work: Path, rounds: int) -> dict[str, Any]:
         _progress(number + 1, rounds, runs, source_bytes)
     result: dict[str, Any] = {
         "benchmark": "convert",
-        "machine": _machine(),
+        "machine": describe_machine(
+            "torch",
+            "blake3",
+            "llmserve",
+            threads=os.environ.get("OMP_NUM_THREADS", "default"),
+            memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        ),
         "source_bytes": source_bytes,
         "shards": len(files),
         "largest_tensor_bytes": _largest_tensor_bytes(files),
@@ -267,23 +273,6 @@ def _largest_tensor_bytes(files: list[Path]) -> int:
         with RankReader(file) as reader:
             largest = max([largest, *(reader.spec(name).nbytes for name in reader.names())])
     return largest
-
-
-def _machine() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "blake3", "llmserve")},
-    }
 
 
 def _progress(

@@ -17,17 +17,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import describe_machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmserve.build.native import build
@@ -52,7 +51,16 @@ MODELS = {
 def main() -> int:
     """Run the benchmark; returns the exit code."""
     args = _arguments()
-    result: dict[str, Any] = {"benchmark": "deterministic", "machine": _machine(args.threads)}
+    result: dict[str, Any] = {
+        "benchmark": "deterministic",
+        "machine": describe_machine(
+            "torch",
+            "llmserve",
+            capability=torch.backends.cpu.get_cpu_capability(),
+            threads=args.threads,
+            load=round(os.getloadavg()[0], 1),
+        ),
+    }
     print(", ".join(f"{name} {value}" for name, value in result["machine"].items()))
     print("| model | step | plain ms | deterministic ms | ratio |")
     print("| --- | --- | --- | --- | --- |")
@@ -218,23 +226,6 @@ def _shown(name: str, step: str, times: tuple[list[float], list[float]]) -> dict
         "plain_ms": round(plain, 3),
         "deterministic_ms": round(deterministic, 3),
         "ratio": round(ratio, 3),
-    }
-
-
-def _machine(threads: int) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
-    return {
-        "cpu": cpu,
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": threads,
-        "load": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "llmserve")},
     }
 
 

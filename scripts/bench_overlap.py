@@ -21,13 +21,13 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from machine import describe_machine
 
 from llmserve.config import BuildConfig, EngineConfig
 from llmserve.core.request import Request
@@ -46,7 +46,7 @@ CONFIG = EngineConfig()
 def main() -> int:
     """Run the benchmark; returns the exit code."""
     args = _arguments()
-    host = _host()
+    host = describe_machine("pyzmq", "msgspec", "llmserve", load=round(os.getloadavg()[0], 2))
     print(", ".join(f"{key} {value}" for key, value in host.items()), flush=True)
     rows = []
     for step_ms in args.step_ms:
@@ -129,22 +129,6 @@ def _print(row: dict[str, Any]) -> None:
         f"{values} ms between steps",
         flush=True,
     )
-
-
-def _host() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "load": round(os.getloadavg()[0], 2),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("pyzmq", "msgspec", "llmserve")},
-    }
 
 
 def _arguments() -> argparse.Namespace:

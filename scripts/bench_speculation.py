@@ -21,15 +21,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from machine import describe_machine
 
 from llmserve.artifacts import ensure_engine
 from llmserve.config import EngineConfig, KvCacheConfig, NGramDecodingConfig
@@ -53,7 +53,12 @@ def main() -> int:
         "notices": notices(tokenizer, args.requests),
         "random": random_texts(tokenizer.vocab_size, args.requests),
     }
-    result: dict[str, Any] = {"benchmark": "speculation", "machine": _machine(args.threads)}
+    result: dict[str, Any] = {
+        "benchmark": "speculation",
+        "machine": describe_machine(
+            "torch", "llmserve", threads=args.threads, load=os.getloadavg()[0]
+        ),
+    }
     with tempfile.TemporaryDirectory() as directory:
         engine_dir = ensure_engine(DEMO, dtype=args.dtype, cache_dir=Path(directory))
         result["runs"] = [
@@ -163,23 +168,6 @@ def _answer(engine: EngineCore, requests: list[Request]) -> dict[str, list[int]]
             if output.finish_reason is FinishReason.ERROR:
                 raise SystemExit(f"request {output.request_id} failed: {output.error}")
     return answers
-
-
-def _machine(threads: int) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": threads,
-        "load": os.getloadavg()[0],
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "llmserve")},
-    }
 
 
 def _show(result: dict[str, Any]) -> list[str]:

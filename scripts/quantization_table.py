@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,6 +20,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from machine import cpu_name
 
 from llmserve import LLM, SamplingParams
 from llmserve.build.native import build
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         before, rest = page.split(BEGIN)
         after = rest.split(END)[1]
         PAGE.write_text(f"{before}{BEGIN}\n{table}{END}{after}", encoding="utf-8")
-    print(json.dumps({"inputs": args.inputs, "cpu": _cpu(), "rows": [asdict(r) for r in rows]}))
+    print(json.dumps({"inputs": args.inputs, "cpu": cpu_name(), "rows": [asdict(r) for r in rows]}))
     return 0
 
 
@@ -182,7 +183,7 @@ def _table(rows: Sequence[Row], inputs: int) -> str:
     lines.append("")
     lines.append(
         f"{inputs:,} held-out inputs, {STREAMS} streams for the speed, which is relative to the "
-        f"first row ({rows[0].tokens_per_s:,.0f} tokens/s on {_cpu()}, torch "
+        f"first row ({rows[0].tokens_per_s:,.0f} tokens/s on {cpu_name()}, torch "
         f"{_version('torch')})."
     )
     return "\n".join(lines) + "\n"
@@ -201,15 +202,6 @@ def _version(package: str) -> str:
     from importlib.metadata import version
 
     return version(package)
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import asyncio
 import contextlib
 import json
 import os
-import platform
 import random
 import signal
 import statistics
@@ -33,9 +32,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from machine import describe_machine
 
 from llmserve.config import BuildConfig, EngineConfig, KvCacheConfig
 from llmserve.core.request import FinishReason, Output, Request
@@ -64,9 +64,10 @@ GUIDES = (
 def main() -> int:
     """Run the soak; returns the exit code."""
     args = _arguments()
-    print(", ".join(f"{key} {value}" for key, value in _host().items()), flush=True)
+    host = describe_machine("torch", "pyzmq", "llguidance", "llmserve")
+    print(", ".join(f"{key} {value}" for key, value in host.items()), flush=True)
     report = asyncio.run(soak(args))
-    print(json.dumps({"host": _host()} | report))
+    print(json.dumps({"host": host} | report))
     return 1 if report["wrong"] else 0
 
 
@@ -485,21 +486,6 @@ def _report(
         "outcomes": dict(sorted(books.outcomes.items())),
         "held_mib": held_mib,
         "wrong": books.wrong,
-    }
-
-
-def _host() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            cpu = line.partition(":")[2].strip()
-            break
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "pyzmq", "llguidance", "llmserve")},
     }
 
 
